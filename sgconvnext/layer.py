@@ -1,0 +1,353 @@
+"""SGConv: a convolution as long as its input, with multi-scale taps (Li et al., ICLR 2023, arXiv 2210.09298).
+
+Letters: B batch, C channels, L tokens, H W feature map, N scales, d taps per scale.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module, to_2tuple
+from torch import Tensor, nn
+
+from .kernel import kernel_norm, lag_taps, multiscale_kernel, num_scales_for, scale_dim_for
+from .longconv import check_backend, long_conv
+from .longconv.fft import plain_long_conv
+
+DECAYS = ("scale", "position")
+INITS = ("normal", "cosine")
+
+
+class _MultiScaleKernel(nn.Module):
+    """The parameters of one kernel per channel and direction, and the fixed norm of Eq. 1.
+
+    Parameters: ``weight`` (directions, N, C, d), ``skip`` (C); buffer ``kernel_norm`` (directions, C, 1).
+    """
+
+    kernel_norm: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        length: int,
+        *,
+        num_scales: int | None,
+        scale_dim: int | None,
+        bidirectional: bool,
+        decay: str,
+        alpha: float | tuple[float, float],
+        exponent: float,
+        init: str,
+        backend: str,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        super().__init__()
+        if channels < 1 or length < 1:
+            raise ValueError(f"channels={channels} and length={length} must both be at least 1")
+        if num_scales is not None and scale_dim is not None:
+            raise ValueError(f"num_scales={num_scales} and scale_dim={scale_dim}: give one, the other follows")
+        for name, value in (("num_scales", num_scales), ("scale_dim", scale_dim)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        alpha = (alpha, alpha) if isinstance(alpha, int | float) else (alpha[0], alpha[1])
+        if min(alpha) <= 0:
+            raise ValueError(f"alpha={alpha} must be positive")
+        for name, choice, known in (("decay", decay, DECAYS), ("init", init, INITS)):
+            if choice not in known:
+                raise ValueError(f"{name} {choice!r} is unknown; use one of {', '.join(known)}")
+        check_backend(backend)
+
+        self.channels = channels
+        self.length = length
+        self.bidirectional = bidirectional
+        self.decay = decay
+        self.alpha = (float(alpha[0]), float(alpha[1]))
+        self.exponent = float(exponent)
+        self.init = init
+        self.backend = backend
+        if scale_dim is None:
+            assert num_scales is not None
+            scale_dim = scale_dim_for(length, num_scales)
+        else:
+            num_scales = num_scales_for(length, scale_dim)
+        directions = 2 if bidirectional else 1
+        dd = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(directions, num_scales, channels, scale_dim, **dd))
+        self.skip = nn.Parameter(torch.empty(channels, **dd))
+        self.register_buffer("kernel_norm", torch.empty(directions, channels, 1, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw ``weight`` and ``skip`` anew and fix ``kernel_norm``, so that every kernel has L2 norm 1."""
+        with torch.no_grad():
+            if self.init == "normal":
+                self.weight.normal_()
+            else:
+                self.weight.copy_(_cosines(self.weight))
+            self.skip.normal_()
+            self.kernel_norm.copy_(kernel_norm(self._unnormalised()))
+
+    def _unnormalised(self) -> Tensor:
+        # half-precision parameters still make float32 taps; nothing in the generator is on autocast's list
+        weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
+        return multiscale_kernel(weight, self.length, self.decay, self.alpha, self.exponent)
+
+    def kernel(self) -> Tensor:
+        """The kernel k of Eq. 1 (directions, C, L) in float32 (float64 for float64 parameters), without the skip."""
+        return self._unnormalised() / self.kernel_norm
+
+    def _conv(self, x: Tensor, taps: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return plain_long_conv(x, taps)
+        return long_conv(x, taps, self.backend)
+
+    def extra_repr(self) -> str:
+        _, scales, channels, scale_dim = self.weight.shape
+        decay = f"alpha={self.alpha}" if self.decay == "scale" else f"exponent={self.exponent}"
+        return (
+            f"{channels}, length={self.length}, num_scales={scales}, scale_dim={scale_dim}, "
+            f"bidirectional={self.bidirectional}, decay={self.decay!r}, {decay}, backend={self.backend!r}"
+        )
+
+
+def _cosines(weight: Tensor) -> Tensor:
+    """cos(2 pi f j / d) with a random frequency f out of 0 .. C-1 per channel, direction and scale."""
+    directions, scales, channels, scale_dim = weight.shape
+    frequency = torch.rand(directions, scales, channels, device=weight.device).argsort(-1)
+    phase = torch.arange(scale_dim, device=weight.device) / scale_dim
+    return torch.cos(2 * math.pi * frequency[..., None] * phase)
+
+
+def _check_input(x: Tensor, channels: int, layout: str) -> None:
+    if x.ndim != len(layout.split(", ")) or x.shape[1] != channels:
+        raise ValueError(f"x is {tuple(x.shape)}; this layer takes ({layout}) with C={channels}")
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; this layer takes floating point: convert it with x.float()")
+
+
+@register_notrace_module
+class SGConv(_MultiScaleKernel):
+    """Global depthwise convolution of signals (arXiv 2210.09298, Eq. 1 and section 3.1).
+
+        y[b, c, t] = sum_{s=0}^{L-1} K[c, t - s] x[b, c, s] + D[c] x[b, c, t]
+        K[lag] = k+[lag] for lag >= 0,  k-[-lag-1] for lag < 0 (zero unless bidirectional)
+        k = (1/Z) [k_0, ..., k_{N-1}],  k_i = alpha^i Upsample_{2^max(i-1,0) d}(w_i)
+
+    Z makes the L2 norm of every kernel 1 at initialisation and is a constant from then on.
+
+    Args:
+        channels: C.
+        length: L, the longest signal; shorter ones use the taps that they reach.
+        num_scales: N; d = ceil(L / 2^(N-1)) follows.
+        scale_dim: d; N = 1 + ceil(log2(L / d)) follows. With neither given, d = 64.
+        bidirectional: a second, independent kernel for the lags below 0; False is causal.
+        decay: "scale" (alpha^i) or "position" ((j + 1)^-exponent at tap j: Cat*, section 4.1.2).
+        alpha: decay per scale; a pair spreads it over the channels, evenly in 1/alpha (Pathfinder-X: (1, 1/3)).
+        exponent: t of decay="position".
+        init: "normal" (w ~ N(0, 1)) or "cosine" (one random frequency per channel and scale).
+        backend: "auto", "fft", "toeplitz" or "reference"; see `sgconvnext.longconv.long_conv`.
+
+    Raises:
+        ValueError: impossible sizes or unknown choices here; in forward, x of another rank, channel count or dtype.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        length: int,
+        *,
+        num_scales: int | None = None,
+        scale_dim: int | None = None,
+        bidirectional: bool = False,
+        decay: str = "scale",
+        alpha: float | tuple[float, float] = 0.5,
+        exponent: float = 1.0,
+        init: str = "normal",
+        backend: str = "auto",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if num_scales is None and scale_dim is None:
+            scale_dim = 64
+        super().__init__(
+            channels,
+            length,
+            num_scales=num_scales,
+            scale_dim=scale_dim,
+            bidirectional=bidirectional,
+            decay=decay,
+            alpha=alpha,
+            exponent=exponent,
+            init=init,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor, return_kernel: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Map x (B, C, T), T <= L, to y of the same shape and dtype; with return_kernel also k (directions, C, T)."""
+        _check_input(x, self.channels, "B, C, L")
+        kernel = self.kernel()[..., : self._reach(x.shape[-1])]
+        y = self._conv(x, lag_taps(kernel, self.skip))
+        return (y, kernel) if return_kernel else y
+
+    def step(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One output of a causal layer from one input: generation token by token (section 3.2), O(L) a step.
+
+        Args:
+            x: the newest input (B, C).
+            past: every input before it (B, C, T), as the last call returned it; None at the start.
+
+        Returns:
+            y (B, C), equal to the last position of forward, and past (B, C, T + 1).
+
+        Raises:
+            ValueError: the layer is bidirectional, x is not (B, C), or T + 1 exceeds the length.
+        """
+        if self.bidirectional:
+            raise ValueError("step() generates forward in time; build the layer with bidirectional=False")
+        _check_input(x, self.channels, "B, C")
+        past = x[..., None] if past is None else torch.cat([past, x[..., None]], dim=-1)
+        taps = lag_taps(self.kernel()[..., : self._reach(past.shape[-1])], self.skip)
+        return torch.einsum("bct,ct->bc", past.to(taps.dtype), taps.flip(-1)).to(x.dtype), past
+
+    def _reach(self, length: int) -> int:
+        if length > self.length:
+            raise ValueError(f"x has {length} tokens, the kernel {self.length}: build SGConv with length={length}")
+        return length
+
+
+def resize_taps(taps: Tensor, built: tuple[int, int], size: tuple[int, int], dilation: int) -> Tensor:
+    """The input-size policy: taps for another feature map that keep each tap's 2-D offset.
+
+    On a map W wide, lag = dy * W + dx with -W/2 <= dx < W/2 is the offset (dy, dx). The tap of a lag on the new map is
+    the built tap of the same offset; offsets that the built map does not have were never trained and are zero. With
+    dilation r, offset (r dy, r dx) on the new map takes the built tap of (dy, dx), as in a dilated convolution.
+
+    Args:
+        taps: built for a map of ``built`` = (H0, W0): (C, 2 H0 W0 - 1), or (C, H0 W0) when causal.
+        built: (H0, W0).
+        size: (H, W) of the new map.
+        dilation: r; with r = 1 and size == built this is the identity.
+
+    Returns:
+        taps (C, 2HW - 1), or (C, HW) when causal.
+    """
+    length = size[0] * size[1]
+    built_length = built[0] * built[1]
+    causal = taps.shape[-1] != 2 * built_length - 1
+    first_lag = 0 if causal else 1 - length
+    dy, dx = _offset(torch.arange(first_lag, length, device=taps.device), size[1])
+    source_y = torch.div(dy, dilation, rounding_mode="floor")
+    source_x = torch.div(dx, dilation, rounding_mode="floor")
+    half = built[1] // 2
+    trained = (source_y * dilation == dy) & (source_x * dilation == dx) & (source_x >= -half)
+    trained = trained & (source_x < built[1] - half)
+    index = source_y * built[1] + source_x - (0 if causal else 1 - built_length)
+    trained = trained & (index >= 0) & (index < taps.shape[-1])
+    return torch.where(trained, taps[:, index.clamp(0, taps.shape[-1] - 1)], 0.0)
+
+
+def _offset(lag: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(dy, dx) of each lag, -W/2 <= dx < W/2."""
+    half = width // 2
+    dy = torch.div(lag + half, width, rounding_mode="floor")
+    return dy, lag - dy * width
+
+
+@register_notrace_module
+class SGConv2d(_MultiScaleKernel):
+    """Global depthwise convolution of feature maps: flatten row by row, SGConv, unflatten (section 4.3.2).
+
+    The equation is SGConv's with L = H*W and t = row * W + column. The kernel is built for ``input_size`` and usable
+    at any H, W: at another size the taps keep their 2-D offsets, see `resize_taps`.
+
+    Args:
+        channels: C.
+        input_size: H, W (or one int for a square) that the kernel is built for.
+        num_scales: N; d = ceil(H*W / 2^(N-1)) follows. With neither N nor d given, N = 5.
+        scale_dim: d; N follows.
+        bidirectional: the default, because an image has no causal order.
+        dilation: spacing of the taps' 2-D offsets, for networks whose stride was traded for dilation; the kernel is
+            then meant for maps ``dilation`` times larger than input_size.
+        decay, alpha, exponent, init, backend: as in SGConv.
+
+    Raises:
+        ValueError: impossible sizes or unknown choices here; in forward, x of another rank, channel count or dtype.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        input_size: int | tuple[int, int],
+        *,
+        num_scales: int | None = None,
+        scale_dim: int | None = None,
+        bidirectional: bool = True,
+        dilation: int = 1,
+        decay: str = "scale",
+        alpha: float | tuple[float, float] = 0.5,
+        exponent: float = 1.0,
+        init: str = "normal",
+        backend: str = "auto",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        height, width = to_2tuple(input_size)
+        if height < 1 or width < 1 or dilation < 1:
+            raise ValueError(f"input_size=({height}, {width}) and dilation={dilation} must all be at least 1")
+        if num_scales is None and scale_dim is None:
+            num_scales = 5
+        super().__init__(
+            channels,
+            height * width,
+            num_scales=num_scales,
+            scale_dim=scale_dim,
+            bidirectional=bidirectional,
+            decay=decay,
+            alpha=alpha,
+            exponent=exponent,
+            init=init,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.input_size = (int(height), int(width))
+        self.dilation = dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, C, H, W) to y of the same shape and dtype."""
+        if not torch.jit.is_scripting():
+            _check_input(x, self.channels, "B, C, H, W")
+        size = (x.shape[2], x.shape[3])
+        taps = lag_taps(self.kernel(), self.skip)
+        if size != self.input_size or self.dilation != 1:
+            taps = resize_taps(taps, self.input_size, size, self.dilation)
+        return self._conv(x.flatten(2), taps).unflatten(2, size)
+
+    @torch.jit.ignore
+    def set_input_size(self, input_size: int | tuple[int, int]) -> None:
+        """Rebuild the parameters for another input size, N unchanged, by stretching each scale to its new d.
+
+        Every w_i is interpolated linearly to ceil(H*W / 2^(N-1)) taps, and kernel_norm follows so that each kernel
+        keeps its L2 norm. Unlike running at another size this gives every offset of the new map a trainable tap.
+        """
+        height, width = to_2tuple(input_size)
+        _, num_scales, _, scale_dim = self.weight.shape
+        before = kernel_norm(self._unnormalised().detach())
+        self.length = height * width
+        self.input_size = (int(height), int(width))
+        size = scale_dim_for(self.length, num_scales)
+        if size != scale_dim:
+            stretched = F.interpolate(
+                self.weight.detach().flatten(0, 1), size=size, mode="linear", align_corners=False
+            ).unflatten(0, self.weight.shape[:2])
+            self.weight = nn.Parameter(stretched, requires_grad=self.weight.requires_grad)
+        after = kernel_norm(self._unnormalised().detach())
+        self.kernel_norm = (self.kernel_norm * after / before).to(self.kernel_norm.dtype)
+
+    def extra_repr(self) -> str:
+        dilation = f", dilation={self.dilation}" if self.dilation != 1 else ""
+        return f"{super().extra_repr()}, input_size={self.input_size}{dilation}"

@@ -1,0 +1,57 @@
+"""The long convolution: one operator, interchangeable backends, chosen by value."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from . import fft, reference, toeplitz
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "fft": fft.long_conv,
+    "toeplitz": toeplitz.long_conv,
+    "reference": reference.long_conv,
+}
+
+__all__ = ["BACKENDS", "check_backend", "choose_backend", "long_conv"]
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError if the name is not "auto" or one of BACKENDS."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; use one of {', '.join(['auto', *BACKENDS])}")
+
+
+def choose_backend(length: int) -> str:
+    """What backend="auto" runs for signals of a length."""
+    return "toeplitz" if length <= 32 else "fft"  # measured on a CPU: batch 1 to 32, forward and backward
+
+
+def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
+    """Depthwise convolution of every channel with taps as long as the signal (arXiv 2210.09298, section 3.1).
+
+        y[b, c, t] = sum_{s=0}^{L-1} K[c, t - s] x[b, c, s]
+
+    Differentiable once in x and in the taps.
+
+    Args:
+        x: signal (B, C, L), floating point.
+        taps: K (C, 2L-1) for the lags -(L-1) .. L-1, or (C, L) for the lags 0 .. L-1 (causal).
+        backend: "auto", "fft" (O(L log L), float32 inside), "toeplitz" (matrix product in the dtype of x, O(L^2)) or
+            "reference" (the definition, float64, O(L^2)).
+
+    Returns:
+        y (B, C, L) in the dtype of x.
+
+    Raises:
+        ValueError: unknown backend, x not (B, C, L) in floating point, or taps of another shape.
+    """
+    check_backend(backend)
+    if x.ndim != 3 or not x.is_floating_point():
+        raise ValueError(f"x is {tuple(x.shape)} {x.dtype}; the long convolution takes (B, C, L) in floating point")
+    channels, length = x.shape[1:]
+    if taps.shape not in ((channels, length), (channels, 2 * length - 1)):
+        raise ValueError(
+            f"taps are {tuple(taps.shape)}; x {tuple(x.shape)} needs ({channels}, {2 * length - 1}), or "
+            f"({channels}, {length}) for a causal convolution"
+        )
+    return BACKENDS[choose_backend(length) if backend == "auto" else backend](x, taps)

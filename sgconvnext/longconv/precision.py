@@ -1,0 +1,19 @@
+"""What every fast backend computes in, whatever mixed-precision context it is called from."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Leave autocast for the device of x: the backend, not autocast, decides the dtype of each product."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()  # the meta device has no autocast to leave
+
+
+def full_precision(x: Tensor) -> torch.dtype:
+    """float64 for float64, else float32: FFTs have no bfloat16, and half only for powers of two."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

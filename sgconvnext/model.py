@@ -1,0 +1,312 @@
+"""SGConvNeXt: ConvNeXt's stem, stages and head around SGConv blocks (arXiv 2210.09298, section 4.3.2)."""
+
+from typing import Any
+
+import torch
+from timm.layers import (
+    LayerNorm2d,
+    NormMlpClassifierHead,
+    calculate_drop_path_rates,
+    create_conv2d,
+    get_device_dtype,
+    register_notrace_function,
+    to_2tuple,
+    trunc_normal_,
+)
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices  # what every timm model uses; timm exports it nowhere else
+from torch import Tensor, nn
+
+from .block import SGConvNeXtBlock
+from .layer import SGConv2d
+
+STEM_STRIDE = 4
+MIN_SIZE = 32  # pixels: one token is left in the last stage
+
+
+@register_notrace_function
+def checked_images(x: Tensor, in_chans: int, min_size: int = MIN_SIZE) -> Tensor:
+    """Refuse what no stage can take. A function, and public, because FX traces no branch and sees no private name."""
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"images are {x.shape}; this model takes (B, {in_chans}, H, W)")
+    if min(x.shape[2], x.shape[3]) < min_size:
+        raise ValueError(f"images are {x.shape[2]}x{x.shape[3]} pixels; resize them to at least {min_size}x{min_size}")
+    return x
+
+
+class SGConvNeXtStage(nn.Module):
+    """Downsampling (LN, then a 2x2 convolution) where size or width changes, then ``depth`` blocks.
+
+    Args:
+        in_chans, channels: width before and inside the stage.
+        depth: number of blocks.
+        grid: H, W that the blocks' kernels are built for.
+        stride: 1 or 2, of the downsampling convolution.
+        dilation: (of the downsampling convolution, of the blocks); not 1 only where stride was traded for dilation.
+        drop_path: one probability per block.
+        device, dtype: of the parameters.
+        block: further options of SGConvNeXtBlock.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        channels: int,
+        *,
+        depth: int,
+        grid: tuple[int, int],
+        stride: int,
+        dilation: tuple[int, int],
+        drop_path: list[float],
+        device: Any = None,
+        dtype: Any = None,
+        **block: Any,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        downsample: nn.Module = nn.Identity()
+        if in_chans != channels or stride > 1 or dilation[0] != dilation[1]:
+            kernel_size = 2 if stride > 1 or dilation[0] != dilation[1] else 1
+            padding = "same" if dilation[1] > 1 else 0
+            conv = create_conv2d(
+                in_chans, channels, kernel_size, stride=stride, dilation=dilation[0], padding=padding, bias=True, **dd
+            )
+            downsample = nn.Sequential(LayerNorm2d(in_chans, **dd), conv)
+        self.downsample = downsample
+        self.blocks = nn.Sequential(
+            *(
+                SGConvNeXtBlock(channels, grid, drop_path=drop_path[i], dilation=dilation[1], **block, **dd)
+                for i in range(depth)
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class SGConvNeXt(nn.Module):
+    """ConvNeXt (arXiv 2201.03545) with every 7x7 depthwise convolution replaced by SGConv2d.
+
+    Images (B, in_chans, H, W), H and W at least 32, to logits (B, num_classes). The kernels are built for ``img_size``
+    and keep their 2-D offsets at any other size.
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: classes of the head; 0 for features.
+        global_pool: timm's pooling name; "" for none.
+        output_stride: 8, 16 or 32; below 32 the last stages trade stride for dilation, with the same parameters.
+        depths, dims: blocks and width of each of the four stages.
+        img_size: H, W (or one int) that the kernels are built for.
+        num_scales: N of every kernel; d = ceil(L / 2^(N-1)) with L the tokens of the stage.
+        bidirectional, decay, alpha, exponent, backend: as in SGConv2d.
+        ls_init_value: initial layer scale; None for none.
+        head_init_scale: factor on the classifier's initial weights.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over the blocks.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an image size below 32, an unknown output stride, or an option SGConv2d refuses.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        depths: tuple[int, ...] = (3, 3, 9, 3),
+        dims: tuple[int, ...] = (96, 192, 384, 768),
+        img_size: int | tuple[int, int] = 224,
+        num_scales: int = 5,
+        bidirectional: bool = True,
+        decay: str = "scale",
+        alpha: float | tuple[float, float] = 0.5,
+        exponent: float = 1.0,
+        backend: str = "auto",
+        ls_init_value: float | None = 1e-6,
+        head_init_scale: float = 1.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if len(depths) != 4 or len(dims) != 4:
+            raise ValueError(f"depths={tuple(depths)} and dims={tuple(dims)} must name four stages each")
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride={output_stride} must be 8, 16 or 32")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.head_init_scale = head_init_scale
+        self.num_features = dims[-1]
+
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, dims[0], kernel_size=STEM_STRIDE, stride=STEM_STRIDE, **dd),
+            LayerNorm2d(dims[0], **dd),
+        )
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        grids = _stage_grids(img_size)
+        stages = []
+        feature_info: list[dict[str, Any]] = []
+        reduction, dilation = STEM_STRIDE, 1
+        for i in range(4):
+            stride = 2 if i > 0 else 1
+            if reduction >= output_stride and stride > 1:
+                dilation, stride = dilation * stride, 1
+            reduction *= stride
+            stages.append(
+                SGConvNeXtStage(
+                    dims[max(i - 1, 0)],
+                    dims[i],
+                    depth=depths[i],
+                    grid=grids[i],
+                    stride=stride,
+                    dilation=(1 if dilation <= 2 else 2, dilation),
+                    drop_path=rates[i],
+                    ls_init_value=ls_init_value,
+                    num_scales=num_scales,
+                    bidirectional=bidirectional,
+                    decay=decay,
+                    alpha=alpha,
+                    exponent=exponent,
+                    backend=backend,
+                    **dd,
+                )
+            )
+            feature_info.append({"num_chs": dims[i], "reduction": reduction, "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+        self.feature_info = feature_info
+        self.head = NormMlpClassifierHead(
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=LayerNorm2d, **dd
+        )
+        self.head_hidden_size = self.head.num_features
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initialise every parameter and buffer anew, also after `to_empty` on the meta device."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+                if name == "head.fc":
+                    with torch.no_grad():
+                        module.weight.mul_(self.head_init_scale)
+            elif isinstance(module, nn.LayerNorm | SGConv2d | SGConvNeXtBlock):
+                module.reset_parameters()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """No name: as in ConvNeXt, biases, norms, layer scale and skip are exempt for being one-dimensional."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's patterns for layer-wise learning rates: by stage if coarse, else by block."""
+        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in backward instead of keeping them."""
+        stage: Any
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Rebuild every kernel for another image size; see `SGConv2d.set_input_size`."""
+        stage: Any
+        for stage, grid in zip(self.stages, _stage_grids(img_size), strict=False):
+            for block in stage.blocks:
+                block.sgconv.set_input_size(grid)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """Replace the classifier, and the pooling if named; reset_other also removes the norm before it."""
+        self.num_classes = num_classes
+        self.head.reset(
+            num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **get_device_dtype(self)
+        )
+        self.head_hidden_size = self.head.num_features
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Stage outputs (B, C_i, H_i, W_i).
+
+        Args:
+            x: images.
+            indices: the last n stages if an int, those listed, or all if None.
+            norm: accepted for timm's interface; ConvNeXt's norm comes after pooling, so stages have none of their own.
+            stop_early: do not run the stages after the last one asked for.
+            output_fmt: only "NCHW".
+            intermediates_only: return the list alone, else (final features, list).
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r} is unknown; stage outputs are 'NCHW'")
+        take, last = feature_take_indices(len(self.stages), indices)
+        x = self.stem(checked_images(x, self.in_chans))
+        intermediates = []
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last index, and then the head, which fits the last stage only."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        pruned = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if pruned:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or pruned:
+            self.reset_classifier(0, "", reset_other=True)
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to the last stage's map (B, C, H/32, W/32)."""
+        return self.stages(self.stem(checked_images(x, self.in_chans)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Feature map to logits, or to what the classifier sees."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _stage_grids(img_size: int | tuple[int, int]) -> list[tuple[int, int]]:
+    """H, W of the four stages' maps at stride 4, 8, 16, 32."""
+    height, width = to_2tuple(img_size)
+    if min(height, width) < MIN_SIZE:
+        raise ValueError(
+            f"img_size={height}x{width} leaves the last stage no token; use at least {MIN_SIZE}x{MIN_SIZE}"
+        )
+    strides = [STEM_STRIDE * 2**i for i in range(4)]
+    return [(height // stride, width // stride) for stride in strides]

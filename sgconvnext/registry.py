@@ -1,0 +1,106 @@
+"""Sizes, configurations and entry points: importing this module registers SGConvNeXt with timm."""
+
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+
+from .model import SGConvNeXt
+
+SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    "atto": {"depths": (2, 2, 6, 2), "dims": (40, 80, 160, 320)},
+    "femto": {"depths": (2, 2, 6, 2), "dims": (48, 96, 192, 384)},
+    "pico": {"depths": (2, 2, 6, 2), "dims": (64, 128, 256, 512)},
+    "nano": {"depths": (2, 2, 8, 2), "dims": (80, 160, 320, 640)},
+    "tiny": {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)},
+    "small": {"depths": (3, 3, 27, 3), "dims": (96, 192, 384, 768)},
+    "base": {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024)},
+    "large": {"depths": (3, 3, 27, 3), "dims": (192, 384, 768, 1536)},
+}
+
+# No test_input_size: evaluation is at 224 unless asked otherwise. The url stays empty until weights exist.
+default_cfgs = generate_default_cfgs(
+    {
+        f"sgconvnext_{size}": {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "min_input_size": (3, 32, 32),
+            "pool_size": (7, 7),
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "stem.0",
+            "classifier": "head.fc",
+            "license": "apache-2.0",
+        }
+        for size in SIZES
+    }
+)
+
+
+def _build(size: str, pretrained: bool, **kwargs: Any) -> SGConvNeXt:
+    name = f"sgconvnext_{size}"
+    source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if pretrained and not source.has_weights and not source.state_dict:
+        raise ValueError(
+            f"{name}: no pretrained weights exist yet; use pretrained=False, or name your own file with "
+            "pretrained_cfg_overlay={'file': 'PATH'}"
+        )
+    model: SGConvNeXt = build_model_with_cfg(
+        SGConvNeXt,
+        name,
+        pretrained,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **(SIZES[size] | kwargs),
+    )
+    return model
+
+
+@register_model
+def sgconvnext_atto(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt with the depths and widths of timm's convnext_atto."""
+    return _build("atto", pretrained, **kwargs)
+
+
+@register_model
+def sgconvnext_femto(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt with the depths and widths of timm's convnext_femto."""
+    return _build("femto", pretrained, **kwargs)
+
+
+@register_model
+def sgconvnext_pico(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt with the depths and widths of timm's convnext_pico."""
+    return _build("pico", pretrained, **kwargs)
+
+
+@register_model
+def sgconvnext_nano(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt with the depths and widths of timm's convnext_nano."""
+    return _build("nano", pretrained, **kwargs)
+
+
+@register_model
+def sgconvnext_tiny(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt-T: ConvNeXt-T's depths and widths."""
+    return _build("tiny", pretrained, **kwargs)
+
+
+@register_model
+def sgconvnext_small(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt-S: ConvNeXt-S's depths and widths."""
+    return _build("small", pretrained, **kwargs)
+
+
+@register_model
+def sgconvnext_base(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt-B: ConvNeXt-B's depths and widths."""
+    return _build("base", pretrained, **kwargs)
+
+
+@register_model
+def sgconvnext_large(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt-L: ConvNeXt-L's depths and widths."""
+    return _build("large", pretrained, **kwargs)
