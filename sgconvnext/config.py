@@ -1,0 +1,373 @@
+"""Every knob of a training run, declared once: typed sections, YAML files with one optional base, dotted overrides."""
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def knob(default: Any, text: str) -> Any:
+    """A dataclass field with its unit or reason, which `describe` prints for --help."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"text": text})
+    return field(default=default, metadata={"text": text})
+
+
+@dataclass(kw_only=True, slots=True)
+class Model:
+    """What is trained: any model that timm can create."""
+
+    name: str = knob("sgconvnext_tiny", "timm model name")
+    num_classes: int | None = knob(None, "null: as many as the data has; needed for datasets that cannot tell")
+    img_size: int | tuple[int, int] | None = knob(
+        None, "pixels that a model with set_input_size is built for; null: data.img_size"
+    )
+    drop_path: float = knob(0.0, "stochastic depth of the last block, linear from 0 over the blocks")
+    drop: float = knob(0.0, "dropout before the classifier")
+    checkpoint: str = knob("", "file whose weights to start from, every key matching; '': none")
+    checkpoint_ema: bool = knob(False, "take the EMA weights of model.checkpoint")
+    new_head: bool = knob(False, "leave the classifier of model.checkpoint out, to train on other classes")
+    pretrained: bool = knob(False, "timm's pretrained weights of this model")
+    grad_checkpointing: bool = knob(False, "recompute activations in backward: less memory, a third slower")
+    channels_last: bool = knob(False, "NHWC memory format")
+    compile: bool = knob(False, "torch.compile the model")
+    kwargs: dict[str, Any] = knob({}, "further arguments of timm.create_model")
+
+
+@dataclass(kw_only=True, slots=True)
+class Data:
+    """Where the images come from, and their size."""
+
+    dataset: str = knob(
+        "", "'': folder of class folders, or tar; torch/..., hfds/..., wds/... as timm; digits; synthetic"
+    )
+    root: str = knob("", "folder that holds the splits; for hfds the cache folder")
+    train_split: str = knob("train", "folder or tar file under data.root, or the dataset's own name of the split")
+    val_split: str = knob("val", "the same for validation")
+    train_samples: int | None = knob(None, "images per epoch, for datasets that cannot tell (wds, synthetic)")
+    val_samples: int | None = knob(None, "validation images, for datasets that cannot tell")
+    download: bool = knob(False, "let torch/... datasets download what is missing")
+    img_size: int | tuple[int, int] = knob(224, "pixels, height and width")
+    crop_pct: float = knob(0.875, "evaluation: the image is resized to img_size / crop_pct, then cropped")
+    crop_mode: Literal["center", "squash", "border"] = knob("center", "evaluation: squash resizes both sides")
+    interpolation: Literal["bicubic", "bilinear", "nearest"] = knob("bicubic", "of every resize")
+    mean: tuple[float, float, float] = knob(IMAGENET_MEAN, "subtracted from the channels, which are in 0..1")
+    std: tuple[float, float, float] = knob(IMAGENET_STD, "divides them")
+    workers: int = knob(8, "loader processes per device; 0 loads in the training process")
+    pin_memory: bool = knob(True, "page-locked batches; used on CUDA only")
+
+
+@dataclass(kw_only=True, slots=True)
+class Augment:
+    """What training does to an image, in this order; mixing comes last, on whole batches."""
+
+    scale: tuple[float, float] = knob((0.08, 1.0), "random resized crop: share of the area")
+    ratio: tuple[float, float] = knob((3 / 4, 4 / 3), "random resized crop: width over height")
+    hflip: float = knob(0.5, "probability of a left-right flip")
+    auto_augment: str = knob("", "timm's policy string, e.g. rand-m9-mstd0.5-inc1; '': none")
+    color_jitter: float = knob(0.0, "brightness, contrast, saturation; has no effect under auto_augment")
+    reprob: float = knob(0.0, "random erasing: probability per image")
+    remode: Literal["const", "rand", "pixel"] = knob("pixel", "random erasing: what fills the hole")
+    recount: int = knob(1, "random erasing: holes per image")
+    mixup: float = knob(0.0, "alpha of mixup; 0: off")
+    cutmix: float = knob(0.0, "alpha of cutmix; 0: off")
+    mixup_prob: float = knob(1.0, "probability that a batch is mixed at all")
+    mixup_switch_prob: float = knob(0.5, "probability of cutmix where both are on")
+    mixup_mode: Literal["batch", "pair", "elem"] = knob("batch", "what shares one mixing weight")
+    smoothing: float = knob(0.0, "label smoothing")
+
+
+@dataclass(kw_only=True, slots=True)
+class Optim:
+    """AdamW and its schedule."""
+
+    global_batch: int = knob(256, "images per update over all devices; lr belongs to it and is never rescaled")
+    batch_per_device: int = knob(256, "images per forward; the accumulation steps follow from both")
+    lr: float = knob(1e-3, "peak learning rate")
+    min_lr: float = knob(1e-6, "learning rate at the end of the cosine")
+    warmup_epochs: int = knob(0, "linear from 0 to lr, both ends included, counted inside epochs")
+    weight_decay: float = knob(0.05, "not on biases and other one-dimensional parameters")
+    betas: tuple[float, float] = knob((0.9, 0.999), "AdamW's averages")
+    eps: float = knob(1e-8, "AdamW's denominator")
+    layer_decay: float = knob(1.0, "factor on lr per layer below the head, as ConvNeXt groups them; 1: off")
+    clip_grad: float | None = knob(None, "largest L2 norm of the gradient, in every precision; null: no clipping")
+
+
+@dataclass(kw_only=True, slots=True)
+class Ema:
+    """Exponential moving average of the weights, evaluated beside them."""
+
+    decay: float = knob(0.0, "per update; 0: no average is kept")
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """The machine."""
+
+    device: Literal["auto", "cuda", "cpu"] = knob("auto", "auto: CUDA with nccl if there, else CPU with gloo")
+    precision: Literal["fp32", "bf16", "fp16"] = knob("fp32", "autocast dtype; fp16 scales the loss")
+    tf32: bool = knob(False, "let CUDA round the inputs of float32 products to TF32")
+    cudnn_benchmark: bool = knob(True, "let cuDNN time its kernels")
+    log_every: int = knob(50, "updates between two lines of the log")
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """A whole run. The defaults are a plain run; configs/imagenet.yaml holds ConvNeXt's recipe."""
+
+    out: str = knob("runs/run", "output folder: config.yaml, metrics.jsonl, last.pth, best.pth")
+    epochs: int = knob(300, "passes over the training data, warm-up included")
+    seed: int = knob(0, "of weights, order and augmentation; each rank adds its own number")
+    resume: str = knob("", "'auto': go on from out/last.pth if there is one; or a path; '': start anew")
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(default_factory=Optim)
+    ema: Ema = field(default_factory=Ema)
+    run: Run = field(default_factory=Run)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (and its base), apply ``section.key=value`` overrides, check everything.
+
+    Raises:
+        ValueError: naming the place, the key or value, and the cure.
+    """
+    tree = merge(_read(Path(path), ()), parse_overrides(overrides))
+    return from_dict(tree, str(path))
+
+
+def from_dict(tree: dict[str, Any], place: str) -> Config:
+    """The typed, checked configuration of a nested dict, such as a checkpoint carries."""
+    config: Config = _build(Config, _typed(tree, Config, place))
+    _check_values(config)
+    return config
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``["optim.lr=4e-3"]`` to ``{"optim": {"lr": 0.004}}``."""
+    tree: dict[str, Any] = {}
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not path or text.startswith("-"):
+            raise ValueError(f"command line: {text!r} is no override; write section.key=value, as in optim.lr=1e-3")
+        try:
+            leaf: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"command line: the value of {text!r} is no YAML; put it in quotes") from error
+        for key in reversed(path.split(".")):
+            leaf = {key: leaf}
+        tree = merge(tree, leaf)
+    return _typed(tree, Config, "command line")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested dict of plain YAML values; `from_dict` gives the same configuration back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    tree: dict[str, Any] = plain(dataclasses.asdict(config))
+    return tree
+
+
+def describe() -> str:
+    """Every knob with its default and its unit or reason, one per line."""
+    lines = []
+    for prefix, cls in [("", Config), *((f"{f.name}.", f.type) for f in _sections())]:
+        lines.append(f"\n{cls.__doc__.splitlines()[0]}")  # type: ignore[union-attr]
+        for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if "text" in item.metadata:
+                shown = yaml.safe_dump(_shown_default(item), default_flow_style=True).split("\n")[0]
+                choices = get_args(item.type) if get_origin(item.type) is Literal else ()
+                text = item.metadata["text"] + (f" ({', '.join(choices)})" if choices else "")
+                lines.append(f"  {prefix + item.name:<26} {shown:<22} {text}")
+    return "\n".join(lines)
+
+
+def _shown_default(item: dataclasses.Field[Any]) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return [float(f"{v:.4g}") for v in item.default] if isinstance(item.default, tuple) else item.default
+
+
+def _sections() -> list[dataclasses.Field[Any]]:
+    return [item for item in dataclasses.fields(Config) if dataclasses.is_dataclass(item.type)]
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A YAML file over its base, each checked by itself, so that an error names the file it is in."""
+    if path.resolve() in above:
+        raise ValueError(f"{path}: base files form a circle")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); name an existing YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: holds {type(tree).__name__}, not sections of keys and values")
+    base = tree.pop("base", None)
+    tree = _typed(tree, Config, str(path))
+    if base is None:
+        return tree
+    return merge(_read(path.parent / str(base), (*above, path.resolve())), tree)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """One nested dict laid over another."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = merge(base[key], value) if both else value
+    return merged
+
+
+def _build(cls: Any, tree: dict[str, Any]) -> Any:
+    hints = get_type_hints(cls)
+    return cls(**{k: _build(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v for k, v in tree.items()})
+
+
+def _typed(tree: Any, cls: Any, place: str, prefix: str = "") -> dict[str, Any]:
+    """The tree with every value converted to its field's type; unknown keys and wrong types are refused."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{place}: {prefix.rstrip('.')}={tree!r} must be a section of keys and values")
+    hints = get_type_hints(cls)
+    typed = {}
+    for key, value in tree.items():
+        if key not in hints:
+            raise ValueError(f"{place}: unknown key {prefix + str(key)!r}{_suggest(str(key), prefix, hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            typed[key] = _typed(value, hints[key], place, f"{prefix}{key}.")
+        else:
+            typed[key] = _convert(value, hints[key], f"{place}: {prefix}{key}")
+    return typed
+
+
+def _suggest(key: str, prefix: str, hints: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(key, hints, n=1)
+    if close:
+        return f"; did you mean {prefix + close[0]!r}?"
+    for section in _sections():
+        if key in get_type_hints(section.type):
+            return f"; did you mean {section.name + '.' + key!r}?"
+    return f"; known here: {', '.join(hints)}"
+
+
+def _convert(value: Any, hint: Any, place: str) -> Any:
+    """The value as its field's type, or a ValueError that says what the field takes."""
+    for option in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
+        converted = _convert_to(value, option)
+        if converted is not _NO:
+            return converted
+    raise ValueError(f"{place}={value!r} must be {_spoken(hint)}{_suggest_choice(value, hint)}")
+
+
+_NO = object()  # the value is not of that type; None is a value of its own
+
+
+def _convert_to(value: Any, hint: Any) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any or (hint is type(None) and value is None):
+        return value
+    if origin is Literal:
+        return value if value in args else _NO
+    if hint is float:
+        return _number(value)
+    if hint in (str, bool) or (hint is int and not isinstance(value, bool)):
+        return value if isinstance(value, hint) else _NO
+    if origin is dict:
+        return dict(value) if isinstance(value, dict) else _NO
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(args):
+        items = [_convert_to(item, arg) for item, arg in zip(value, args, strict=True)]
+        return _NO if _NO in items else tuple(items)
+    return _NO
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 4e-3, without a dot, as a string; here it is the number that was meant."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return _NO
+    try:
+        number = float(value)
+    except ValueError:
+        return _NO
+    return number if math.isfinite(number) else _NO
+
+
+def _spoken(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(args)}"
+    if origin is tuple:
+        return f"a list of {len(args)} ({', '.join(_spoken(arg) for arg in args)})"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_spoken(arg) for arg in args)
+    names = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", type(None): "null"}
+    return names.get(hint, "keys and values")
+
+
+def _suggest_choice(value: Any, hint: Any) -> str:
+    close = difflib.get_close_matches(str(value), [str(arg) for arg in get_args(hint)], n=1)
+    return f"; did you mean {close[0]!r}?" if get_origin(hint) is Literal and close else ""
+
+
+def _check_values(config: Config) -> None:
+    """Ranges, and pairs of knobs that exclude each other; what depends on data or devices is checked where it is."""
+    model, data, augment, optim = config.model, config.data, config.augment, config.optim
+    sizes = [data.img_size] if isinstance(data.img_size, int) else list(data.img_size)
+    for key, value, ok, cure in [
+        ("epochs", config.epochs, config.epochs >= 1, "at least 1"),
+        ("seed", config.seed, config.seed >= 0, "at least 0"),
+        ("model.num_classes", model.num_classes, model.num_classes is None or model.num_classes > 0, "at least 1"),
+        ("model.drop_path", model.drop_path, 0 <= model.drop_path < 1, "at least 0 and below 1"),
+        ("model.drop", model.drop, 0 <= model.drop < 1, "at least 0 and below 1"),
+        ("data.img_size", data.img_size, min(sizes) >= 32, "at least 32 pixels, for one token in the last stage"),
+        ("data.crop_pct", data.crop_pct, 0 < data.crop_pct <= 1, "above 0 and at most 1"),
+        ("data.workers", data.workers, data.workers >= 0, "at least 0"),
+        ("data.std", data.std, min(data.std) > 0, "positive"),
+        ("augment.scale", augment.scale, 0 < augment.scale[0] <= augment.scale[1] <= 1, "0 < low <= high <= 1"),
+        ("augment.ratio", augment.ratio, 0 < augment.ratio[0] <= augment.ratio[1], "0 < low <= high"),
+        ("augment.recount", augment.recount, augment.recount >= 1, "at least 1"),
+        ("augment.mixup", augment.mixup, augment.mixup >= 0, "at least 0"),
+        ("augment.cutmix", augment.cutmix, augment.cutmix >= 0, "at least 0"),
+        *(
+            (f"augment.{key}", getattr(augment, key), 0 <= getattr(augment, key) <= 1, "between 0 and 1")
+            for key in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob")
+        ),
+        ("augment.smoothing", augment.smoothing, 0 <= augment.smoothing < 1, "at least 0 and below 1"),
+        ("optim.global_batch", optim.global_batch, optim.global_batch >= 1, "at least 1"),
+        ("optim.batch_per_device", optim.batch_per_device, optim.batch_per_device >= 1, "at least 1"),
+        ("optim.lr", optim.lr, optim.lr > 0, "positive"),
+        ("optim.min_lr", optim.min_lr, 0 <= optim.min_lr <= optim.lr, f"between 0 and optim.lr={optim.lr}"),
+        (
+            "optim.warmup_epochs",
+            optim.warmup_epochs,
+            0 <= optim.warmup_epochs < config.epochs,
+            f"at least 0 and below epochs={config.epochs}",
+        ),
+        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
+        ("optim.layer_decay", optim.layer_decay, 0 < optim.layer_decay <= 1, "above 0 and at most 1"),
+        ("optim.clip_grad", optim.clip_grad, optim.clip_grad is None or optim.clip_grad > 0, "positive, or null"),
+        ("ema.decay", config.ema.decay, 0 <= config.ema.decay < 1, "at least 0 and below 1"),
+        ("run.log_every", config.run.log_every, config.run.log_every >= 1, "at least 1"),
+    ]:
+        if not ok:
+            raise ValueError(f"{key}={value} must be {cure}")
+    mixes = augment.mixup > 0 or augment.cutmix > 0
+    if mixes and augment.mixup_mode != "elem" and optim.batch_per_device % 2:
+        raise ValueError(
+            f"optim.batch_per_device={optim.batch_per_device} must be even: mixup mixes a batch with its own reverse"
+        )

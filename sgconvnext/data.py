@@ -1,0 +1,266 @@
+"""Datasets by name, ConvNeXt's transforms, and loaders that give every process its share."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import Mixup, create_dataset, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torchvision.datasets import FakeData
+from torchvision.transforms import Compose
+from torchvision.transforms.v2 import RGB
+
+from .config import Augment, Config
+from .config import Data as DataConfig
+from .distributed import World
+
+# timm's and torchvision's own names of a split; with any other name torchvision would quietly take the test images
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "valid", "validation", "eval", "evaluation", "test")
+
+
+class Digits(Dataset[tuple[Any, int]]):
+    """scikit-learn's bundled 8x8 scans of handwritten digits (UCI, 1797 images), a fifth of each class held out."""
+
+    def __init__(self, train: bool) -> None:
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError as error:
+            raise ValueError("data.dataset=digits needs scikit-learn: pip install 'sgconvnext[demo]'") from error
+        digits = load_digits()
+        indices = train_test_split(range(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
+        chosen = indices[0 if train else 1]
+        self.images = [Image.fromarray((digits.images[i] * (255 / 16)).astype("uint8")) for i in chosen]
+        self.targets = [int(digits.target[i]) for i in chosen]
+        self.class_to_idx = {str(digit): digit for digit in range(10)}
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(self.images[index]), self.targets[index]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One split of the data: the dataset, and its classes by name where it knows them."""
+
+    dataset: Any
+    class_to_idx: dict[str, int] | None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def create_split(config: Config, train: bool) -> Split:
+    """The training or validation images, transforms attached.
+
+    Raises:
+        ValueError: the folder, split or package is missing, or holds no image; never another folder instead.
+    """
+    dataset = _open(config, train)
+    transform = train_transform(config.data, config.augment) if train else eval_transform(config.data)
+    # timm's readers convert to RGB themselves; torchvision's datasets and digits may be grey
+    dataset.transform = transform if hasattr(dataset, "reader") else Compose([RGB(), transform])
+    if len(dataset) == 0:
+        knob = "train_samples" if train else "val_samples"
+        raise ValueError(f"data.dataset={config.data.dataset!r} does not say how many images it has; set data.{knob}")
+    source = getattr(dataset, "reader", dataset)
+    return Split(dataset, getattr(source, "class_to_idx", None) or None)
+
+
+def _open(config: Config, train: bool) -> Any:
+    """timm's dataset of that name, with its failures turned into one line that names the knob."""
+    data = config.data
+    split, samples = (data.train_split, data.train_samples) if train else (data.val_split, data.val_samples)
+    knob = "train_split" if train else "val_split"
+    if data.dataset == "digits":
+        return Digits(train)
+    if data.dataset == "synthetic":
+        size = (data.img_size, data.img_size) if isinstance(data.img_size, int) else data.img_size
+        samples = samples or config.optim.global_batch
+        return FakeData(samples, (3, *size), config.model.num_classes or 1000, random_offset=0 if train else samples)
+    prefix = data.dataset.partition("/")[0]
+    root = data.root
+    if data.dataset in ("", "torch/folder", "torch/image_folder"):
+        root = str(_existing(data, split, knob))
+    elif prefix in ("torch", "hfds", "wds"):
+        names = TRAIN_NAMES if train else VAL_NAMES
+        if prefix == "torch" and split not in names:
+            raise ValueError(f"data.{knob}={split!r} is no split of {data.dataset}; use {names[0]!r}")
+        if prefix in ("torch", "wds") and not data.download and not Path(root or ".").is_dir():
+            raise ValueError(f"data.root={root!r} is no folder; name the one that holds {data.dataset}")
+    else:
+        raise ValueError(
+            f"data.dataset={data.dataset!r} is unknown; use '' for image folders, torch/..., hfds/..., wds/..., "
+            "digits or synthetic"
+        )
+    try:
+        return create_dataset(
+            data.dataset,
+            root=root or None,
+            split=split,
+            search_split=False,
+            is_training=train,
+            download=data.download,
+            batch_size=config.optim.batch_per_device,
+            num_samples=samples,
+            seed=config.seed,
+        )
+    except (RuntimeError, AssertionError, ImportError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"data.dataset={data.dataset!r}, data.root={data.root!r}, {knob}={split!r}: {reason}"
+        ) from error
+
+
+def _existing(data: DataConfig, split: str, knob: str) -> Path:
+    """root/split, which must exist: timm would look for synonyms and then take the root itself."""
+    root = Path(data.root)
+    if not data.root or not root.is_dir():
+        raise ValueError(f"data.root={data.root!r} is no folder; name the one that holds {split!r}")
+    path = root / split
+    if not split or not path.exists():
+        found = sorted(item.name for item in root.iterdir() if item.is_dir() or item.suffix == ".tar")
+        raise ValueError(
+            f"data.root={data.root!r} has no {split!r} for data.{knob}; it holds {', '.join(found) or 'no folder'}"
+        )
+    return path
+
+
+def num_classes(train: Split, val: Split, wanted: int | None) -> int:
+    """The number of classes of the run: the data's, which must agree between the splits and with model.num_classes."""
+    if train.class_to_idx != val.class_to_idx:
+        extra = sorted(set(train.class_to_idx or ()) ^ set(val.class_to_idx or ()))
+        shown = ", ".join(extra[:5]) + (", ..." if len(extra) > 5 else "")
+        raise ValueError(
+            f"training has {len(train.class_to_idx or ())} classes, validation {len(val.class_to_idx or ())}; "
+            f"only in one of them: {shown or 'none, but their order differs'}"
+        )
+    found = len(train.class_to_idx) if train.class_to_idx else getattr(train.dataset, "num_classes", None)
+    if found is None and wanted is None:
+        raise ValueError("this dataset does not say how many classes it has; set model.num_classes")
+    if found is not None and wanted is not None and found != wanted:
+        raise ValueError(
+            f"model.num_classes={wanted}, but the data has {found} classes; leave it null to follow the data"
+        )
+    return found if wanted is None else wanted
+
+
+def train_transform(data: DataConfig, augment: Augment) -> Any:
+    """Random resized crop, flip, RandAugment, normalisation, random erasing, in ConvNeXt's order; mixing comes later."""
+    return create_transform(
+        data.img_size,
+        is_training=True,
+        use_prefetcher=False,  # timm's prefetcher mixes before it erases, and in 8 bits
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=augment.auto_augment or None,
+        interpolation=data.interpolation,
+        mean=data.mean,
+        std=data.std,
+        re_prob=augment.reprob,
+        re_mode=augment.remode,
+        re_count=augment.recount,
+    )
+
+
+def eval_transform(data: DataConfig) -> Any:
+    """Resize and centre crop, or the squashed resize, then normalisation."""
+    return create_transform(
+        data.img_size,
+        is_training=False,
+        use_prefetcher=False,
+        interpolation=data.interpolation,
+        mean=data.mean,
+        std=data.std,
+        crop_pct=data.crop_pct,
+        crop_mode=data.crop_mode,
+    )
+
+
+def create_mixup(augment: Augment, classes: int) -> Mixup | None:
+    """Mixup and cutmix over whole batches, on the device, after random erasing; None where both are off."""
+    if augment.mixup == 0 and augment.cutmix == 0:
+        return None
+    return Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mixup_prob,
+        switch_prob=augment.mixup_switch_prob,
+        mode=augment.mixup_mode,
+        label_smoothing=augment.smoothing,
+        num_classes=classes,
+    )
+
+
+class TrainLoader:
+    """Shuffled batches of one epoch for this process; the images that do not fill a global batch are left out."""
+
+    def __init__(self, split: Split, config: Config, world: World) -> None:
+        self.dataset = split.dataset
+        self.sampler: DistributedSampler[Any] | None = None
+        if isinstance(self.dataset, IterableDataset):
+            self.dataset.set_loader_cfg(num_workers=config.data.workers)  # type: ignore[attr-defined]
+        else:
+            self.sampler = DistributedSampler(
+                self.dataset, num_replicas=world.size, rank=world.rank, seed=config.seed, drop_last=True
+            )
+        self.loader = DataLoader(
+            self.dataset,
+            batch_size=config.optim.batch_per_device,
+            sampler=self.sampler,
+            drop_last=True,
+            **_loader_options(config, world),
+        )
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, shuffled by seed and number, whatever the processes did before."""
+        if self.sampler is not None:
+            self.sampler.set_epoch(number)
+        else:
+            self.dataset.set_epoch(number)
+        return iter(self.loader)
+
+
+def create_eval_loader(split: Split, config: Config, world: World) -> DataLoader[Any]:
+    """Each image exactly once over all processes, whatever their number: a stride of the indices, never padded."""
+    sampler = None
+    if isinstance(split.dataset, IterableDataset):
+        split.dataset.set_loader_cfg(num_workers=config.data.workers)  # type: ignore[attr-defined]
+    else:
+        sampler = range(world.rank, len(split), world.size)
+    batch = config.optim.batch_per_device
+    return DataLoader(split.dataset, batch_size=batch, sampler=sampler, **_loader_options(config, world))
+
+
+def _loader_options(config: Config, world: World) -> dict[str, Any]:
+    return {
+        "num_workers": config.data.workers,
+        "pin_memory": config.data.pin_memory and world.device.type == "cuda",
+    }
+
+
+def updates_per_epoch(samples: int, global_batch: int) -> int:
+    """floor(samples / global batch), as ConvNeXt counts: no update with fewer images."""
+    if samples < global_batch:
+        raise ValueError(f"optim.global_batch={global_batch} is more than the {samples} training images; lower it")
+    return samples // global_batch
+
+
+def accumulation_steps(global_batch: int, per_device: int, world_size: int) -> int:
+    """Forwards per update: global batch / (batch per device * devices), which must come out whole."""
+    steps, rest = divmod(global_batch, per_device * world_size)
+    if rest:
+        raise ValueError(
+            f"optim.global_batch={global_batch} is no multiple of optim.batch_per_device={per_device} times "
+            f"{world_size} processes = {per_device * world_size}; change one of them"
+        )
+    return steps

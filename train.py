@@ -1,0 +1,209 @@
+"""Train a timm model with ConvNeXt's recipe.
+
+    python train.py configs/digits.yaml                                                             # one device
+    torchrun --nproc-per-node=8 train.py configs/sgconvnext_tiny.yaml data.root=/path/to/imagenet   # one node
+
+Options are section.key=value and override the YAML file; --help lists them all.
+"""
+
+import argparse
+import json
+import logging
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from timm.utils import ModelEmaV3
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import sgconvnext  # noqa: F401  registers the models with timm
+from sgconvnext import build, checkpoint, data, distributed, engine, optim
+from sgconvnext.config import Config, describe, load_config, to_dict
+
+_logger = logging.getLogger("train")
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        config = load_config(args.config, args.overrides)
+        world = distributed.start(config.run.device)
+        logging.basicConfig(level=logging.INFO if world.is_first else logging.WARNING, format="%(message)s")
+        run = Run(config, world)
+    except ValueError as error:  # the user's; later ones are ours and keep their traceback
+        distributed.fail("train.py", error)
+    run.train()
+    distributed.stop()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=describe(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="YAML file, such as configs/digits.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="knobs that override the file")
+    args, dashed = parser.parse_known_args()
+    args.overrides += dashed  # refused by the same message as any other misspelt override
+    return args
+
+
+class Run:
+    """The order of a run: data, model, optimiser, EMA, resume; then epoch after epoch."""
+
+    def __init__(self, config: Config, world: distributed.World) -> None:
+        self.config, self.world = config, world
+        self.out = Path(config.out)
+        resume = find_resume(config)
+        seed(config.seed + world.rank)
+        torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
+
+        train, val = data.create_split(config, train=True), data.create_split(config, train=False)
+        classes = data.num_classes(train, val, config.model.num_classes)
+        config.model.num_classes = classes
+        self.class_to_idx = train.class_to_idx
+        self.updates = data.updates_per_epoch(len(train), config.optim.global_batch)
+        accumulation = data.accumulation_steps(config.optim.global_batch, config.optim.batch_per_device, world.size)
+
+        model = build.create_model(config, classes).to(world.device)
+        optimizer = optim.create_optimizer(model, config.optim)
+        if config.model.compile:
+            model.compile()
+        parallel = model
+        if world.size > 1:
+            parallel = DistributedDataParallel(
+                model, device_ids=[world.device] if world.device.type == "cuda" else None
+            )
+        self.training = engine.Training(
+            config=config,
+            world=world,
+            model=model,
+            parallel=parallel,
+            optimizer=optimizer,
+            scaler=GradScaler(world.device.type, enabled=config.run.precision == "fp16"),
+            # after DistributedDataParallel, which has given every process the weights of rank 0
+            ema=ModelEmaV3(model, decay=config.ema.decay) if config.ema.decay else None,
+            criterion=build.create_criterion(config.augment),
+            mixup=data.create_mixup(config.augment, classes),
+            accumulation=accumulation,
+            learning_rates=optim.learning_rates(config.optim, config.epochs, self.updates),
+        )
+        self.train_loader = data.TrainLoader(train, config, world)
+        self.val_loader: DataLoader[Any] = data.create_eval_loader(val, config, world)
+        self.start, self.best = 0, -math.inf
+        if resume is not None:
+            self.load(resume)
+        self.announce(len(train), len(val))
+
+    def announce(self, train_images: int, val_images: int) -> None:
+        """What the arithmetic came to, before the first image."""
+        optim_, t = self.config.optim, self.training
+        parameters = sum(p.numel() for p in t.model.parameters())
+        _logger.info(
+            "%s: %.1fM parameters, %d classes; %d training and %d validation images",
+            *(self.config.model.name, parameters / 1e6, self.config.model.num_classes, train_images, val_images),
+        )
+        _logger.info(
+            "global batch %d = %d per device x %d %s x %d accumulation; %d updates per epoch, %d in all; %s",
+            *(optim_.global_batch, optim_.batch_per_device, self.world.size, self.world.device.type, t.accumulation),
+            *(self.updates, len(t.learning_rates), self.config.run.precision),
+        )
+
+    def load(self, path: Path) -> None:
+        """Go on from the epoch after the one in the checkpoint."""
+        state, t = checkpoint.load(path), self.training
+        checkpoint.load_weights(t.model, checkpoint.weights(state, False, path), path)
+        if t.ema is not None:
+            checkpoint.load_weights(t.ema.module, checkpoint.weights(state, True, path), path)
+        t.optimizer.load_state_dict(state["optimizer"])
+        t.scaler.load_state_dict(state["amp_scaler"])
+        self.start, self.best = state["epoch"] + 1, state["best"]
+        _logger.info("resumed from %s after epoch %d", path, state["epoch"])
+
+    def train(self) -> None:
+        if self.world.is_first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            keep_metrics(self.out / "metrics.jsonl", self.start)
+        for epoch in range(self.start, self.config.epochs):
+            batches = self.train_loader.epoch(epoch)
+            metrics = self.evaluate(epoch, engine.train_epoch(self.training, batches, epoch, self.updates))
+            if self.world.is_first:
+                self.save(epoch, metrics)
+        _logger.info("best top-1 %.2f%%; %s holds config.yaml, metrics.jsonl, last.pth, best.pth", self.best, self.out)
+
+    def evaluate(self, epoch: int, trained: dict[str, float]) -> dict[str, float]:
+        """The epoch's line of metrics.jsonl, the same on every process."""
+        t = self.training
+        val = engine.evaluate(t.model, self.val_loader, self.config, self.world)
+        if not math.isfinite(val["loss"]):
+            raise FloatingPointError(f"epoch {epoch}: the validation loss is {val['loss']}; nothing was saved")
+        metrics = {"epoch": epoch, "train_loss": trained["train_loss"]}
+        metrics |= {f"val_{key}": val[key] for key in ("top1", "top5", "loss")}
+        if t.ema is not None:
+            ema = engine.evaluate(t.ema.module, self.val_loader, self.config, self.world)
+            metrics |= {f"ema_{key}": ema[key] for key in ("top1", "top5", "loss")}
+        return metrics | {"lr": trained["lr"], "images_per_s": trained["images_per_s"]}
+
+    def save(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Append the metrics, write last.pth, and best.pth where the model or its EMA has a new best top-1."""
+        t = self.training
+        score = max(metrics["val_top1"], metrics.get("ema_top1", -math.inf))
+        is_best, self.best = score > self.best, max(score, self.best)
+        state = {
+            "state_dict": t.model.state_dict(),
+            "optimizer": t.optimizer.state_dict(),
+            "amp_scaler": t.scaler.state_dict(),
+            "epoch": epoch,
+            "arch": self.config.model.name,
+            "args": to_dict(self.config),
+            "version": checkpoint.VERSION,
+            "metric": score,
+            "best": self.best,
+            "metrics": metrics,
+            "class_to_idx": self.class_to_idx,
+        }
+        if t.ema is not None:
+            state["state_dict_ema"] = t.ema.module.state_dict()
+        checkpoint.save(self.out / "last.pth", state)
+        if is_best:
+            checkpoint.save(self.out / "best.pth", state)
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        shown = " ".join(f"{key} {metrics[key]:.4g}" for key in metrics if key != "epoch")
+        _logger.info("epoch %d: %s%s", epoch, shown, " (best)" if is_best else "")
+
+
+def find_resume(config: Config) -> Path | None:
+    """The checkpoint to go on from; a finished or running folder is never overwritten by a new run."""
+    last = Path(config.out) / "last.pth"
+    if config.resume == "auto":
+        return last if last.exists() else None
+    if config.resume:
+        return Path(config.resume)
+    if last.exists():
+        raise ValueError(f"out={config.out!r} already holds a run; resume=auto continues it, another out starts anew")
+    return None
+
+
+def seed(number: int) -> None:
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+def keep_metrics(path: Path, epochs: int) -> None:
+    """Drop the lines of epochs that will be run again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["epoch"] < epochs]
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+if __name__ == "__main__":
+    main()

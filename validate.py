@@ -1,0 +1,64 @@
+"""Evaluate a checkpoint of train.py on its own validation data, or on another folder laid out alike.
+
+    python validate.py --checkpoint runs/digits/best.pth [--data-root PATH] [--use-ema] [section.key=value ...]
+
+Prints one JSON line: top1 and top5 in percent, loss, count. Under torchrun the images are shared out and each is
+counted once, whatever the number of processes.
+"""
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+import sgconvnext  # noqa: F401  registers the models with timm
+from sgconvnext import build, checkpoint, data, distributed, engine
+from sgconvnext.config import Config, from_dict, merge, parse_overrides
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        state = checkpoint.load(args.checkpoint)
+        config = checkpoint_config(state, args)
+        world = distributed.start(config.run.device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
+        val = data.create_split(config, train=False)
+        trained = data.Split(val.dataset, state.get("class_to_idx"))
+        model = build.create_model(config, data.num_classes(trained, val, config.model.num_classes))
+        weights = checkpoint.weights(state, args.use_ema, args.checkpoint)
+        checkpoint.load_weights(model, weights, args.checkpoint)
+    except ValueError as error:
+        distributed.fail("validate.py", error)
+    loader = data.create_eval_loader(val, config, world)
+    result = engine.evaluate(model.to(world.device), loader, config, world)
+    if world.is_first:
+        print(json.dumps(result))
+    distributed.stop()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="last.pth or best.pth of a run")
+    parser.add_argument("--data-root", help="folder that holds the validation split, if not the run's own")
+    parser.add_argument("--use-ema", action="store_true", help="evaluate the average of the weights")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="knobs of the run to change")
+    return parser.parse_args()
+
+
+def checkpoint_config(state: dict[str, Any], args: argparse.Namespace) -> Config:
+    """The configuration of the run that wrote the checkpoint, with the command line's changes."""
+    tree = state.get("args")
+    if not isinstance(tree, dict):
+        raise ValueError(f"checkpoint {args.checkpoint!r} carries no configuration; it was not written by train.py")
+    root = [] if args.data_root is None else [f"data.root={json.dumps(args.data_root)}"]
+    tree = merge(tree, parse_overrides([*root, *args.overrides]))
+    config = from_dict(tree, args.checkpoint)
+    config.model.checkpoint = ""  # the run's own starting point is not needed again
+    config.model.pretrained = False
+    return config
+
+
+if __name__ == "__main__":
+    main()
