@@ -53,8 +53,6 @@ def _arguments(config: Config, classes: int) -> dict[str, Any]:
         raise ValueError(f"model.kwargs sets {', '.join(clash)}, which has a knob of its own")
     if "img_size" not in model.kwargs and _has_input_size(model.name):
         arguments["img_size"] = model.img_size or config.data.img_size
-    elif model.img_size is not None:
-        raise ValueError(f"model.img_size={model.img_size} has no use here; leave it null")
     return arguments | model.kwargs
 
 

@@ -29,7 +29,7 @@ class Model:
     name: str = knob("sgconvnext_tiny", "timm model name")
     num_classes: int | None = knob(None, "null: as many as the data has; needed for datasets that cannot tell")
     img_size: int | tuple[int, int] | None = knob(
-        None, "pixels that a model with set_input_size is built for; null: data.img_size"
+        None, "pixels that a model tied to a size is built for, if it is one; null: data.img_size"
     )
     drop_path: float = knob(0.0, "stochastic depth of the last block, linear from 0 over the blocks")
     drop: float = knob(0.0, "dropout before the classifier")

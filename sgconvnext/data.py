@@ -153,7 +153,7 @@ def num_classes(train: Split, val: Split, wanted: int | None) -> int:
 
 
 def train_transform(data: DataConfig, augment: Augment) -> Any:
-    """Random resized crop, flip, RandAugment, normalisation, random erasing, in ConvNeXt's order; mixing comes later."""
+    """Random resized crop, flip, RandAugment, normalisation, random erasing: ConvNeXt's order; mixing comes later."""
     return create_transform(
         data.img_size,
         is_training=True,
