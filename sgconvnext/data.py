@@ -142,14 +142,12 @@ def num_classes(train: Split, val: Split, wanted: int | None) -> int:
             f"training has {len(train.class_to_idx or ())} classes, validation {len(val.class_to_idx or ())}; "
             f"only in one of them: {shown or 'none, but their order differs'}"
         )
-    found = len(train.class_to_idx) if train.class_to_idx else getattr(train.dataset, "num_classes", None)
-    if found is None and wanted is None:
+    found = len(train.class_to_idx) if train.class_to_idx else getattr(train.dataset, "num_classes", wanted)
+    if found is None:
         raise ValueError("this dataset does not say how many classes it has; set model.num_classes")
-    if found is not None and wanted is not None and found != wanted:
-        raise ValueError(
-            f"model.num_classes={wanted}, but the data has {found} classes; leave it null to follow the data"
-        )
-    return found if wanted is None else wanted
+    if wanted is not None and wanted != found:
+        raise ValueError(f"model.num_classes={wanted}, but the data has {found} classes; null follows the data")
+    return int(found)
 
 
 def train_transform(data: DataConfig, augment: Augment) -> Any:
