@@ -66,7 +66,8 @@ class Run:
 
         train, val = data.create_split(config, train=True), data.create_split(config, train=False)
         classes = data.num_classes(train, val, config.model.num_classes)
-        config.model.num_classes = classes
+        config.model.num_classes = classes  # resolved, so that a checkpoint says what its model was built with
+        config.model.img_size = config.model.img_size or config.data.img_size
         self.class_to_idx = train.class_to_idx
         self.updates = data.updates_per_epoch(len(train), config.optim.global_batch)
         accumulation = data.accumulation_steps(config.optim.global_batch, config.optim.batch_per_device, world.size)
@@ -128,7 +129,6 @@ class Run:
 
     def train(self) -> None:
         if self.world.is_first:
-            self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
             keep_metrics(self.out / "metrics.jsonl", self.start)
         for epoch in range(self.start, self.config.epochs):
@@ -183,6 +183,10 @@ class Run:
 def find_resume(config: Config) -> Path | None:
     """The checkpoint to go on from; a finished or running folder is never overwritten by a new run."""
     last = Path(config.out) / "last.pth"
+    try:
+        last.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={config.out!r} cannot be made a folder ({error.strerror}); name another") from error
     if config.resume == "auto":
         return last if last.exists() else None
     if config.resume:

@@ -286,6 +286,8 @@ def _convert_to(value: Any, hint: Any) -> Any:
         return value if value in args else _NO
     if hint is float:
         return _number(value)
+    if hint is str and value is None:
+        return ""  # `key=` and `key:` with nothing behind them
     if hint in (str, bool) or (hint is int and not isinstance(value, bool)):
         return value if isinstance(value, hint) else _NO
     if origin is dict:
