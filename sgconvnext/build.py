@@ -24,7 +24,7 @@ def create_model(config: Config, classes: int) -> nn.Module:
         raise ValueError(f"model.name={name!r} is no timm model" + (f"; did you mean {close[0]!r}?" if close else ""))
     try:
         model: Any = timm.create_model(name, **_arguments(config, classes))
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
         raise ValueError(f"model.name={name!r} cannot be built: {' '.join(str(error).split())}") from error
     if config.model.checkpoint:
         path = config.model.checkpoint

@@ -42,7 +42,8 @@ def weights(state: dict[str, Any], ema: bool, path: str | Path) -> dict[str, tor
     """The model's or the EMA's weights out of a checkpoint."""
     key = "state_dict_ema" if ema else "state_dict"
     if not state.get(key):
-        raise ValueError(f"checkpoint {str(path)!r} has no EMA weights; the run that wrote it had ema.decay=0")
+        why = "EMA weights; the run that wrote it had ema.decay=0" if ema else "weights in 'state_dict'"
+        raise ValueError(f"checkpoint {str(path)!r} has no {why}")
     found: dict[str, torch.Tensor] = state[key]
     return found
 

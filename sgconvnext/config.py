@@ -161,7 +161,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not path or text.startswith("-"):
             raise ValueError(f"command line: {text!r} is no override; write section.key=value, as in optim.lr=1e-3")
         try:
-            leaf: Any = yaml.safe_load(value)
+            leaf: Any = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"command line: the value of {text!r} is no YAML; put it in quotes") from error
         for key in reversed(path.split(".")):
@@ -206,12 +206,22 @@ def _sections() -> list[dataclasses.Field[Any]]:
     return [item for item in dataclasses.fields(Config) if dataclasses.is_dataclass(item.type)]
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 2026-11-22 is text, such as the name of a folder."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """A YAML file over its base, each checked by itself, so that an error names the file it is in."""
     if path.resolve() in above:
         raise ValueError(f"{path}: base files form a circle")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); name an existing YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -338,6 +348,8 @@ def _check_values(config: Config) -> None:
         ("model.drop", model.drop, 0 <= model.drop < 1, "at least 0 and below 1"),
         ("data.img_size", data.img_size, min(sizes) >= 32, "at least 32 pixels, for one token in the last stage"),
         ("data.crop_pct", data.crop_pct, 0 < data.crop_pct <= 1, "above 0 and at most 1"),
+        ("data.train_samples", data.train_samples, data.train_samples is None or data.train_samples > 0, "at least 1"),
+        ("data.val_samples", data.val_samples, data.val_samples is None or data.val_samples > 0, "at least 1"),
         ("data.workers", data.workers, data.workers >= 0, "at least 0"),
         ("data.std", data.std, min(data.std) > 0, "positive"),
         ("augment.scale", augment.scale, 0 < augment.scale[0] <= augment.scale[1] <= 1, "0 < low <= high <= 1"),
@@ -361,6 +373,8 @@ def _check_values(config: Config) -> None:
             f"at least 0 and below epochs={config.epochs}",
         ),
         ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
+        ("optim.betas", optim.betas, 0 <= min(optim.betas) <= max(optim.betas) < 1, "at least 0 and below 1"),
+        ("optim.eps", optim.eps, optim.eps >= 0, "at least 0"),
         ("optim.layer_decay", optim.layer_decay, 0 < optim.layer_decay <= 1, "above 0 and at most 1"),
         ("optim.clip_grad", optim.clip_grad, optim.clip_grad is None or optim.clip_grad > 0, "positive, or null"),
         ("ema.decay", config.ema.decay, 0 <= config.ema.decay < 1, "at least 0 and below 1"),

@@ -54,7 +54,13 @@ class Split:
     class_to_idx: dict[str, int] | None
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return num_samples(self.dataset)
+
+
+def num_samples(dataset: Any) -> int:
+    """Images in a split over all processes; of shards timm's own length is this process's, rounded to batches."""
+    sharded = isinstance(dataset, IterableDataset)
+    return int((dataset.reader.num_samples or 0) if sharded else len(dataset))
 
 
 def create_split(config: Config, train: bool) -> Split:
@@ -67,11 +73,12 @@ def create_split(config: Config, train: bool) -> Split:
     transform = train_transform(config.data, config.augment) if train else eval_transform(config.data)
     # timm's readers convert to RGB themselves; torchvision's datasets and digits may be grey
     dataset.transform = transform if hasattr(dataset, "reader") else Compose([RGB(), transform])
-    if len(dataset) == 0:
+    if num_samples(dataset) == 0:
         knob = "train_samples" if train else "val_samples"
         raise ValueError(f"data.dataset={config.data.dataset!r} does not say how many images it has; set data.{knob}")
     source = getattr(dataset, "reader", dataset)
-    return Split(dataset, getattr(source, "class_to_idx", None) or None)
+    classes = getattr(source, "class_to_idx", None) or getattr(source, "class_name_to_idx", None)  # folder or tar
+    return Split(dataset, classes or None)
 
 
 def _open(config: Config, train: bool) -> Any:
@@ -93,7 +100,8 @@ def _open(config: Config, train: bool) -> Any:
         names = TRAIN_NAMES if train else VAL_NAMES
         if prefix == "torch" and split not in names:
             raise ValueError(f"data.{knob}={split!r} is no split of {data.dataset}; use {names[0]!r}")
-        if prefix in ("torch", "wds") and not data.download and not Path(root or ".").is_dir():
+        there = Path(root).is_dir() or "://" in root or (prefix == "torch" and data.download)
+        if prefix != "hfds" and (not root or not there):
             raise ValueError(f"data.root={root!r} is no folder; name the one that holds {data.dataset}")
     else:
         raise ValueError(
@@ -101,7 +109,7 @@ def _open(config: Config, train: bool) -> Any:
             "digits or synthetic"
         )
     try:
-        return create_dataset(
+        dataset = create_dataset(
             data.dataset,
             root=root or None,
             split=split,
@@ -112,6 +120,11 @@ def _open(config: Config, train: bool) -> Any:
             num_samples=samples,
             seed=config.seed,
         )
+        shards = dataset.reader.split_info.filenames if prefix == "wds" and "://" not in root else ()
+        missing = [shard for shard in shards if not Path(root, shard).exists()]
+        if missing:
+            raise ValueError(f"{len(missing)} of {len(shards)} shards do not exist, the first is {missing[0]!r}")
+        return dataset
     except (RuntimeError, AssertionError, ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
@@ -152,22 +165,25 @@ def num_classes(train: Split, val: Split, wanted: int | None) -> int:
 
 def train_transform(data: DataConfig, augment: Augment) -> Any:
     """Random resized crop, flip, RandAugment, normalisation, random erasing: ConvNeXt's order; mixing comes later."""
-    return create_transform(
-        data.img_size,
-        is_training=True,
-        use_prefetcher=False,  # timm's prefetcher mixes before it erases, and in 8 bits
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter or None,
-        auto_augment=augment.auto_augment or None,
-        interpolation=data.interpolation,
-        mean=data.mean,
-        std=data.std,
-        re_prob=augment.reprob,
-        re_mode=augment.remode,
-        re_count=augment.recount,
-    )
+    try:
+        return create_transform(
+            data.img_size,
+            is_training=True,
+            use_prefetcher=False,  # timm's prefetcher mixes before it erases, and in 8 bits
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter or None,
+            auto_augment=augment.auto_augment or None,
+            interpolation=data.interpolation,
+            mean=data.mean,
+            std=data.std,
+            re_prob=augment.reprob,
+            re_mode=augment.remode,
+            re_count=augment.recount,
+        )
+    except (AssertionError, ValueError, KeyError) as error:  # everything else was checked by the configuration
+        raise ValueError(f"augment.auto_augment={augment.auto_augment!r} is no policy of timm") from error
 
 
 def eval_transform(data: DataConfig) -> Any:

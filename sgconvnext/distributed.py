@@ -42,12 +42,12 @@ def start(device: str) -> World:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device=cuda, but no CUDA device is there; use run.device=cpu, or auto")
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, local_size = (int(os.environ.get(f"LOCAL_{name}", i)) for i, name in enumerate(("RANK", "WORLD_SIZE")))
     if on_cuda:
-        if local_rank >= torch.cuda.device_count():
+        if local_size > torch.cuda.device_count():
             raise ValueError(
-                f"local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}; "
-                "lower torchrun's --nproc-per-node"
+                f"torchrun started {local_size} processes on a machine with {torch.cuda.device_count()} GPUs; "
+                "lower --nproc-per-node"
             )
         torch.cuda.set_device(local_rank)
     where = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")

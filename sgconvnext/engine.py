@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .config import Config
+from .data import num_samples
 from .distributed import World
 from .optim import set_learning_rate
 
@@ -143,6 +144,6 @@ def evaluate(model: nn.Module, loader: DataLoader[Any], config: Config, world: W
         )
     model.train(training)
     top1, top5, loss_sum, count = world.sum(sums).tolist()
-    if count != len(loader.dataset):  # type: ignore[arg-type]
-        raise RuntimeError(f"evaluation saw {count:.0f} images, but the validation set has {len(loader.dataset)}")  # type: ignore[arg-type]
+    if count != num_samples(loader.dataset):
+        raise RuntimeError(f"evaluation saw {count:.0f} of {num_samples(loader.dataset)} validation images")
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count, "count": int(count)}

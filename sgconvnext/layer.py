@@ -120,6 +120,13 @@ def _cosines(weight: Tensor) -> Tensor:
     return torch.cos(2 * math.pi * frequency[..., None] * phase)
 
 
+def _map_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = to_2tuple(size)
+    if height < 1 or width < 1:
+        raise ValueError(f"input_size=({height}, {width}) must be at least 1 x 1")
+    return int(height), int(width)
+
+
 def _check_input(x: Tensor, channels: int, layout: str) -> None:
     if x.ndim != len(layout.split(", ")) or x.shape[1] != channels:
         raise ValueError(f"x is {tuple(x.shape)}; this layer takes ({layout}) with C={channels}")
@@ -211,7 +218,8 @@ class SGConv(_MultiScaleKernel):
         _check_input(x, self.channels, "B, C")
         past = x[..., None] if past is None else torch.cat([past, x[..., None]], dim=-1)
         taps = lag_taps(self.kernel()[..., : self._reach(past.shape[-1])], self.skip)
-        return torch.einsum("bct,ct->bc", past.to(taps.dtype), taps.flip(-1)).to(x.dtype), past
+        dtype = torch.promote_types(past.dtype, taps.dtype)
+        return torch.einsum("bct,ct->bc", past.to(dtype), taps.flip(-1).to(dtype)).to(x.dtype), past
 
     def _reach(self, length: int) -> int:
         if length > self.length:
@@ -295,9 +303,9 @@ class SGConv2d(_MultiScaleKernel):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        height, width = to_2tuple(input_size)
-        if height < 1 or width < 1 or dilation < 1:
-            raise ValueError(f"input_size=({height}, {width}) and dilation={dilation} must all be at least 1")
+        height, width = _map_size(input_size)
+        if dilation < 1:
+            raise ValueError(f"dilation={dilation} must be at least 1")
         if num_scales is None and scale_dim is None:
             num_scales = 5
         super().__init__(
@@ -314,7 +322,7 @@ class SGConv2d(_MultiScaleKernel):
             device=device,
             dtype=dtype,
         )
-        self.input_size = (int(height), int(width))
+        self.input_size = (height, width)
         self.dilation = dilation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -334,11 +342,11 @@ class SGConv2d(_MultiScaleKernel):
         Every w_i is interpolated linearly to ceil(H*W / 2^(N-1)) taps, and kernel_norm follows so that each kernel
         keeps its L2 norm. Unlike running at another size this gives every offset of the new map a trainable tap.
         """
-        height, width = to_2tuple(input_size)
+        height, width = _map_size(input_size)
         _, num_scales, _, scale_dim = self.weight.shape
         before = kernel_norm(self._unnormalised().detach())
         self.length = height * width
-        self.input_size = (int(height), int(width))
+        self.input_size = (height, width)
         size = scale_dim_for(self.length, num_scales)
         if size != scale_dim:
             stretched = F.interpolate(
@@ -346,7 +354,8 @@ class SGConv2d(_MultiScaleKernel):
             ).unflatten(0, self.weight.shape[:2])
             self.weight = nn.Parameter(stretched, requires_grad=self.weight.requires_grad)
         after = kernel_norm(self._unnormalised().detach())
-        self.kernel_norm = (self.kernel_norm * after / before).to(self.kernel_norm.dtype)
+        growth = torch.where(before > 0, after / before, 1.0)  # a kernel of zeros stays one
+        self.kernel_norm = (self.kernel_norm * growth).to(self.kernel_norm.dtype)
 
     def extra_repr(self) -> str:
         dilation = f", dilation={self.dilation}" if self.dilation != 1 else ""

@@ -46,8 +46,8 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
         ValueError: unknown backend, x not (B, C, L) in floating point, or taps of another shape.
     """
     check_backend(backend)
-    if x.ndim != 3 or not x.is_floating_point():
-        raise ValueError(f"x is {tuple(x.shape)} {x.dtype}; the long convolution takes (B, C, L) in floating point")
+    if x.ndim != 3 or x.shape[2] == 0 or not x.is_floating_point():
+        raise ValueError(f"x is {tuple(x.shape)} {x.dtype}; this takes (B, C, L) in floating point, with L at least 1")
     channels, length = x.shape[1:]
     if taps.shape not in ((channels, length), (channels, 2 * length - 1)):
         raise ValueError(
