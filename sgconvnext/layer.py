@@ -51,9 +51,9 @@ class _MultiScaleKernel(nn.Module):
         for name, value in (("num_scales", num_scales), ("scale_dim", scale_dim)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        alpha = (alpha, alpha) if isinstance(alpha, int | float) else (alpha[0], alpha[1])
-        if min(alpha) <= 0:
-            raise ValueError(f"alpha={alpha} must be positive")
+        alphas = (alpha, alpha) if isinstance(alpha, int | float) else tuple(alpha)
+        if len(alphas) != 2 or not all(0 < a < math.inf for a in alphas):
+            raise ValueError(f"alpha={alpha} must be a positive number, or a pair of them")
         for name, choice, known in (("decay", decay, DECAYS), ("init", init, INITS)):
             if choice not in known:
                 raise ValueError(f"{name} {choice!r} is unknown; use one of {', '.join(known)}")
@@ -63,7 +63,7 @@ class _MultiScaleKernel(nn.Module):
         self.length = length
         self.bidirectional = bidirectional
         self.decay = decay
-        self.alpha = (float(alpha[0]), float(alpha[1]))
+        self.alpha = (float(alphas[0]), float(alphas[1]))
         self.exponent = float(exponent)
         self.init = init
         self.backend = backend
@@ -130,6 +130,8 @@ def _map_size(size: int | tuple[int, int]) -> tuple[int, int]:
 def _check_input(x: Tensor, channels: int, layout: str) -> None:
     if x.ndim != len(layout.split(", ")) or x.shape[1] != channels:
         raise ValueError(f"x is {tuple(x.shape)}; this layer takes ({layout}) with C={channels}")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x is {tuple(x.shape)}: it has no token; this layer needs at least one")
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}; this layer takes floating point: convert it with x.float()")
 
@@ -227,34 +229,26 @@ class SGConv(_MultiScaleKernel):
         return length
 
 
-def resize_taps(taps: Tensor, built: tuple[int, int], size: tuple[int, int], dilation: int) -> Tensor:
+def resize_taps(taps: Tensor, built: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """The input-size policy: taps for another feature map that keep each tap's 2-D offset.
 
     On a map W wide, lag = dy * W + dx with -W/2 <= dx < W/2 is the offset (dy, dx). The tap of a lag on the new map is
-    the built tap of the same offset; offsets that the built map does not have were never trained and are zero. With
-    dilation r, offset (r dy, r dx) on the new map takes the built tap of (dy, dx), as in a dilated convolution.
+    the built tap of the same offset; offsets that the built map does not have were never trained and are zero.
 
     Args:
         taps: built for a map of ``built`` = (H0, W0): (C, 2 H0 W0 - 1), or (C, H0 W0) when causal.
         built: (H0, W0).
-        size: (H, W) of the new map.
-        dilation: r; with r = 1 and size == built this is the identity.
+        size: (H, W) of the new map; with size == built this is the identity.
 
     Returns:
         taps (C, 2HW - 1), or (C, HW) when causal.
     """
-    length = size[0] * size[1]
-    built_length = built[0] * built[1]
+    length, built_length = size[0] * size[1], built[0] * built[1]
     causal = taps.shape[-1] != 2 * built_length - 1
-    first_lag = 0 if causal else 1 - length
-    dy, dx = _offset(torch.arange(first_lag, length, device=taps.device), size[1])
-    source_y = torch.div(dy, dilation, rounding_mode="floor")
-    source_x = torch.div(dx, dilation, rounding_mode="floor")
+    dy, dx = _offset(torch.arange(0 if causal else 1 - length, length, device=taps.device), size[1])
+    index = dy * built[1] + dx - (0 if causal else 1 - built_length)
     half = built[1] // 2
-    trained = (source_y * dilation == dy) & (source_x * dilation == dx) & (source_x >= -half)
-    trained = trained & (source_x < built[1] - half)
-    index = source_y * built[1] + source_x - (0 if causal else 1 - built_length)
-    trained = trained & (index >= 0) & (index < taps.shape[-1])
+    trained = (dx >= -half) & (dx < built[1] - half) & (index >= 0) & (index < taps.shape[-1])
     return torch.where(trained, taps[:, index.clamp(0, taps.shape[-1] - 1)], 0.0)
 
 
@@ -263,6 +257,20 @@ def _offset(lag: Tensor, width: int) -> tuple[Tensor, Tensor]:
     half = width // 2
     dy = torch.div(lag + half, width, rounding_mode="floor")
     return dy, lag - dy * width
+
+
+def _split_phases(x: Tensor, dilation: int) -> Tensor:
+    """(B, C, H, W) to its r x r subsampled maps (r r B, C, ceil(H/r), ceil(W/r)), the last ones filled with zeros."""
+    x = F.pad(x, (0, -x.shape[3] % dilation, 0, -x.shape[2] % dilation))
+    batch, channels, height, width = x.shape
+    x = x.reshape(batch, channels, height // dilation, dilation, width // dilation, dilation)
+    return x.permute(3, 5, 0, 1, 2, 4).flatten(0, 2)
+
+
+def _join_phases(x: Tensor, dilation: int, size: tuple[int, int]) -> Tensor:
+    """The inverse of `_split_phases`."""
+    x = x.unflatten(0, (dilation, dilation, -1)).permute(2, 3, 4, 0, 5, 1)
+    return x.flatten(4, 5).flatten(2, 3)[:, :, : size[0], : size[1]]
 
 
 @register_notrace_module
@@ -278,8 +286,9 @@ class SGConv2d(_MultiScaleKernel):
         num_scales: N; d = ceil(H*W / 2^(N-1)) follows. With neither N nor d given, N = 5.
         scale_dim: d; N follows.
         bidirectional: the default, because an image has no causal order.
-        dilation: spacing of the taps' 2-D offsets, for networks whose stride was traded for dilation; the kernel is
-            then meant for maps ``dilation`` times larger than input_size.
+        dilation: r > 1 convolves each of the r x r subsampled maps (every r-th row and column) by itself, as a
+            dilated convolution does, for networks whose stride was traded for dilation; the maps are then expected
+            r times larger than input_size.
         decay, alpha, exponent, init, backend: as in SGConv.
 
     Raises:
@@ -330,10 +339,14 @@ class SGConv2d(_MultiScaleKernel):
         if not torch.jit.is_scripting():
             _check_input(x, self.channels, "B, C, H, W")
         size = (x.shape[2], x.shape[3])
+        if self.dilation > 1:
+            x = _split_phases(x, self.dilation)
+        phase = (x.shape[2], x.shape[3])
         taps = lag_taps(self.kernel(), self.skip)
-        if size != self.input_size or self.dilation != 1:
-            taps = resize_taps(taps, self.input_size, size, self.dilation)
-        return self._conv(x.flatten(2), taps).unflatten(2, size)
+        if phase != self.input_size:
+            taps = resize_taps(taps, self.input_size, phase)
+        y = self._conv(x.flatten(2), taps).unflatten(2, phase)
+        return _join_phases(y, self.dilation, size) if self.dilation > 1 else y
 
     @torch.jit.ignore
     def set_input_size(self, input_size: int | tuple[int, int]) -> None:

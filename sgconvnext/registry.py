@@ -46,7 +46,7 @@ def _build(size: str, pretrained: bool, **kwargs: Any) -> SGConvNeXt:
     if pretrained and not source.has_weights and not source.state_dict:
         raise ValueError(
             f"{name}: no pretrained weights exist yet; use pretrained=False, or name your own file with "
-            "pretrained_cfg_overlay={'file': 'PATH'}"
+            "pretrained_cfg_overlay={'file': 'PATH', 'num_classes': N}"
         )
     model: SGConvNeXt = build_model_with_cfg(
         SGConvNeXt,
