@@ -60,17 +60,19 @@ class Run:
         self.config, self.world = config, world
         self.out = Path(config.out)
         resume = find_resume(config)
-        seed(config.seed + world.rank)
+        seed(config.seed, world.rank)
         torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
 
+        accumulation = data.accumulation_steps(config.optim.global_batch, config.optim.batch_per_device, world.size)
+        if config.data.download and world.size > 1:
+            raise ValueError("data.download=true writes files: download in one process first, then run without it")
         train, val = data.create_split(config, train=True), data.create_split(config, train=False)
         classes = data.num_classes(train, val, config.model.num_classes)
         config.model.num_classes = classes  # resolved, so that a checkpoint says what its model was built with
         config.model.img_size = config.model.img_size or config.data.img_size
         self.class_to_idx = train.class_to_idx
         self.updates = data.updates_per_epoch(len(train), config.optim.global_batch)
-        accumulation = data.accumulation_steps(config.optim.global_batch, config.optim.batch_per_device, world.size)
 
         model = build.create_model(config, classes).to(world.device)
         optimizer = optim.create_optimizer(model, config.optim)
@@ -119,6 +121,7 @@ class Run:
     def load(self, path: Path) -> None:
         """Go on from the epoch after the one in the checkpoint."""
         state, t = checkpoint.load(path), self.training
+        refuse_changes(state, to_dict(self.config), path)
         checkpoint.load_weights(t.model, checkpoint.weights(state, False, path), path)
         if t.ema is not None:
             checkpoint.load_weights(t.ema.module, checkpoint.weights(state, True, path), path)
@@ -132,8 +135,9 @@ class Run:
             (self.out / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
             keep_metrics(self.out / "metrics.jsonl", self.start)
         for epoch in range(self.start, self.config.epochs):
-            batches = self.train_loader.epoch(epoch)
-            metrics = self.evaluate(epoch, engine.train_epoch(self.training, batches, epoch, self.updates))
+            seed(self.config.seed, self.world.rank, epoch)  # so that a resumed epoch draws what it would have drawn
+            trained = engine.train_epoch(self.training, self.train_loader.epoch(epoch), epoch, self.updates)
+            metrics = self.evaluate(epoch, trained)
             if self.world.is_first:
                 self.save(epoch, metrics)
         _logger.info("best top-1 %.2f%%; %s holds config.yaml, metrics.jsonl, last.pth, best.pth", self.best, self.out)
@@ -181,25 +185,44 @@ class Run:
 
 
 def find_resume(config: Config) -> Path | None:
-    """The checkpoint to go on from; a finished or running folder is never overwritten by a new run."""
-    last = Path(config.out) / "last.pth"
+    """The checkpoint to go on from; a folder that holds a run is only ever continued, never overwritten."""
+    out = Path(config.out)
     try:
-        last.parent.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out={config.out!r} cannot be made a folder ({error.strerror}); name another") from error
+    last, given = out / "last.pth", Path(config.resume)
     if config.resume == "auto":
         return last if last.exists() else None
-    if config.resume:
-        return Path(config.resume)
-    if last.exists():
+    if (out / "config.yaml").exists() and (not config.resume or out.resolve() not in given.resolve().parents):
         raise ValueError(f"out={config.out!r} already holds a run; resume=auto continues it, another out starts anew")
-    return None
+    return given if config.resume else None
 
 
-def seed(number: int) -> None:
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
+def refuse_changes(state: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """A run goes on as it began: its optimiser state belongs to its model, batch, learning rate and precision."""
+    if missing := {"args", "optimizer", "amp_scaler", "epoch", "best"} - set(state):
+        raise ValueError(
+            f"resume={str(path)!r} lacks {', '.join(sorted(missing))}; start from it with model.checkpoint"
+        )
+    then = state["args"]
+    for section, keys in {"model": None, "optim": None, "ema": None, "run": ["precision"]}.items():
+        for key in keys or now[section]:
+            if then[section].get(key) != now[section][key]:
+                raise ValueError(
+                    f"resume={str(path)!r} was written with {section}.{key}={then[section].get(key)}, now it is "
+                    f"{now[section][key]}; go on with the former, or start anew with model.checkpoint"
+                )
+
+
+def seed(number: int, rank: int, epoch: int | None = None) -> None:
+    """Seed Python, numpy and torch: seed + rank for the weights as ConvNeXt does, and a stream of its own per epoch."""
+    drawn = number + rank
+    if epoch is not None:
+        drawn = int(np.random.SeedSequence([number, rank, epoch]).generate_state(1)[0])
+    random.seed(drawn)
+    np.random.seed(drawn)
+    torch.manual_seed(drawn)
 
 
 def keep_metrics(path: Path, epochs: int) -> None:

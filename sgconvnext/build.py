@@ -45,13 +45,13 @@ def _arguments(config: Config, classes: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "pretrained": model.pretrained,
         "num_classes": classes,
-        "drop_rate": model.drop or None,  # timm passes None on to no model
-        "drop_path_rate": model.drop_path or None,
+        "drop_rate": model.drop,  # timm passes None on to no model
+        "drop_path_rate": model.drop_path,
     }
-    clash = sorted(set(arguments) & set(model.kwargs))
+    clash = sorted({*arguments, "img_size"} & set(model.kwargs))
     if clash:
         raise ValueError(f"model.kwargs sets {', '.join(clash)}, which has a knob of its own")
-    if "img_size" not in model.kwargs and _has_input_size(model.name):
+    if _has_input_size(model.name):
         arguments["img_size"] = model.img_size or config.data.img_size
     return arguments | model.kwargs
 

@@ -31,8 +31,8 @@ class Model:
     img_size: int | tuple[int, int] | None = knob(
         None, "pixels that a model tied to a size is built for, if it is one; null: data.img_size"
     )
-    drop_path: float = knob(0.0, "stochastic depth of the last block, linear from 0 over the blocks")
-    drop: float = knob(0.0, "dropout before the classifier")
+    drop_path: float | None = knob(None, "stochastic depth of the last block, from 0 up; null: the model's own")
+    drop: float | None = knob(None, "dropout before the classifier; null: the model's own")
     checkpoint: str = knob("", "file whose weights to start from, every key matching; '': none")
     checkpoint_ema: bool = knob(False, "take the EMA weights of model.checkpoint")
     new_head: bool = knob(False, "leave the classifier of model.checkpoint out, to train on other classes")
@@ -117,7 +117,7 @@ class Run:
     precision: Literal["fp32", "bf16", "fp16"] = knob("fp32", "autocast dtype; fp16 scales the loss")
     tf32: bool = knob(False, "let CUDA round the inputs of float32 products to TF32")
     cudnn_benchmark: bool = knob(True, "let cuDNN time its kernels")
-    log_every: int = knob(50, "updates between two lines of the log")
+    log_every: int = knob(50, "updates between two lines of the log, each of which checks that the loss is finite")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -344,8 +344,8 @@ def _check_values(config: Config) -> None:
         ("epochs", config.epochs, config.epochs >= 1, "at least 1"),
         ("seed", config.seed, config.seed >= 0, "at least 0"),
         ("model.num_classes", model.num_classes, model.num_classes is None or model.num_classes > 0, "at least 1"),
-        ("model.drop_path", model.drop_path, 0 <= model.drop_path < 1, "at least 0 and below 1"),
-        ("model.drop", model.drop, 0 <= model.drop < 1, "at least 0 and below 1"),
+        ("model.drop_path", model.drop_path, 0 <= (model.drop_path or 0) < 1, "at least 0 and below 1"),
+        ("model.drop", model.drop, 0 <= (model.drop or 0) < 1, "at least 0 and below 1"),
         ("data.img_size", data.img_size, min(sizes) >= 32, "at least 32 pixels, for one token in the last stage"),
         ("data.crop_pct", data.crop_pct, 0 < data.crop_pct <= 1, "above 0 and at most 1"),
         ("data.train_samples", data.train_samples, data.train_samples is None or data.train_samples > 0, "at least 1"),
@@ -383,7 +383,7 @@ def _check_values(config: Config) -> None:
         if not ok:
             raise ValueError(f"{key}={value} must be {cure}")
     mixes = augment.mixup > 0 or augment.cutmix > 0
-    if mixes and augment.mixup_mode != "elem" and optim.batch_per_device % 2:
+    if mixes and optim.batch_per_device % 2:
         raise ValueError(
             f"optim.batch_per_device={optim.batch_per_device} must be even: mixup mixes a batch with its own reverse"
         )

@@ -91,7 +91,7 @@ def _open(config: Config, train: bool) -> Any:
     if data.dataset == "synthetic":
         size = (data.img_size, data.img_size) if isinstance(data.img_size, int) else data.img_size
         samples = samples or config.optim.global_batch
-        return FakeData(samples, (3, *size), config.model.num_classes or 1000, random_offset=0 if train else samples)
+        return FakeData(samples, (3, *size), config.model.num_classes or 1000, random_offset=0 if train else 2**30)
     prefix = data.dataset.partition("/")[0]
     root = data.root
     if data.dataset in ("", "torch/folder", "torch/image_folder"):
@@ -155,7 +155,10 @@ def num_classes(train: Split, val: Split, wanted: int | None) -> int:
             f"training has {len(train.class_to_idx or ())} classes, validation {len(val.class_to_idx or ())}; "
             f"only in one of them: {shown or 'none, but their order differs'}"
         )
-    found = len(train.class_to_idx) if train.class_to_idx else getattr(train.dataset, "num_classes", wanted)
+    # by index: torchvision's ImageNet has several names for one class
+    found = (
+        len(set(train.class_to_idx.values())) if train.class_to_idx else getattr(train.dataset, "num_classes", wanted)
+    )
     if found is None:
         raise ValueError("this dataset does not say how many classes it has; set model.num_classes")
     if wanted is not None and wanted != found:
@@ -222,6 +225,7 @@ class TrainLoader:
         self.dataset = split.dataset
         self.sampler: DistributedSampler[Any] | None = None
         if isinstance(self.dataset, IterableDataset):
+            _check_shards(self.dataset, config, world)
             self.dataset.set_loader_cfg(num_workers=config.data.workers)  # type: ignore[attr-defined]
         else:
             self.sampler = DistributedSampler(
@@ -246,13 +250,25 @@ class TrainLoader:
 
 def create_eval_loader(split: Split, config: Config, world: World) -> DataLoader[Any]:
     """Each image exactly once over all processes, whatever their number: a stride of the indices, never padded."""
-    sampler = None
+    sampler, options = None, _loader_options(config, world)
     if isinstance(split.dataset, IterableDataset):
-        split.dataset.set_loader_cfg(num_workers=config.data.workers)  # type: ignore[attr-defined]
+        _check_shards(split.dataset, config, world)
+        options["num_workers"] = min(1, config.data.workers)  # several would cut their shards to equal lengths
+        split.dataset.set_loader_cfg(num_workers=options["num_workers"])  # type: ignore[attr-defined]
     else:
         sampler = range(world.rank, len(split), world.size)
-    batch = config.optim.batch_per_device
-    return DataLoader(split.dataset, batch_size=batch, sampler=sampler, **_loader_options(config, world))
+    return DataLoader(split.dataset, batch_size=config.optim.batch_per_device, sampler=sampler, **options)
+
+
+def _check_shards(dataset: Any, config: Config, world: World) -> None:
+    """timm shares out whole shards: over several processes it repeats and drops images, an idle worker ends the epoch."""
+    if world.size > 1:
+        raise ValueError(
+            f"data.dataset={config.data.dataset!r} reads shards in one process so far, not in {world.size}"
+        )
+    shards = len(dataset.reader.split_info.filenames)
+    if shards < config.data.workers:
+        raise ValueError(f"data.workers={config.data.workers} is more than the {shards} shards; lower it")
 
 
 def _loader_options(config: Config, world: World) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over all processes, the same on each."""
+        """Element-wise sum over all processes, in place and the same on each."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -42,7 +42,8 @@ def start(device: str) -> World:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device=cuda, but no CUDA device is there; use run.device=cpu, or auto")
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    local_rank, local_size = (int(os.environ.get(f"LOCAL_{name}", i)) for i, name in enumerate(("RANK", "WORLD_SIZE")))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if on_cuda:
         if local_size > torch.cuda.device_count():
             raise ValueError(
@@ -64,7 +65,7 @@ def stop() -> None:
 
 
 def fail(program: str, error: ValueError) -> NoReturn:
-    """End this process with exit code 2 and one line, printed once per machine, because every process fails alike."""
+    """End this process with exit code 2 and one line, once per machine, whose other processes fail alike."""
     stop()
     if os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"{program}: error: {error}\n")

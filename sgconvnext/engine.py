@@ -131,7 +131,8 @@ def evaluate(model: nn.Module, loader: DataLoader[Any], config: Config, world: W
     """
     training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top1, top5, loss, count
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # top1, top5, loss
+    seen = 0
     for batch in loader:
         images, targets = to_device(batch, config, world.device)
         with autocast(config, world.device):
@@ -139,11 +140,10 @@ def evaluate(model: nn.Module, loader: DataLoader[Any], config: Config, world: W
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        sums += torch.stack(
-            [hits[:, 0].sum(), hits.any(1).sum(), loss, torch.tensor(len(targets), device=world.device)]
-        )
+        sums += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), loss])
+        seen += len(targets)
     model.train(training)
-    top1, top5, loss_sum, count = world.sum(sums).tolist()
+    top1, top5, loss_sum, count = world.sum(torch.cat([sums, sums.new_tensor([seen])])).tolist()
     if count != num_samples(loader.dataset):
         raise RuntimeError(f"evaluation saw {count:.0f} of {num_samples(loader.dataset)} validation images")
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count, "count": int(count)}

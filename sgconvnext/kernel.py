@@ -36,7 +36,7 @@ def multiscale_kernel(weight: Tensor, length: int, decay: str, alpha: tuple[floa
         exponent: t of the power law; read when decay="position".
 
     Returns:
-        kernel (directions, C, L) in the dtype of weight; tap j is the j-th step away from lag 0.
+        kernel (directions, C, L) in the dtype of weight; tap j is lag j of k+ and lag -j-1 of k-.
     """
     if decay == "scale":
         channels = weight.shape[2]
@@ -72,8 +72,7 @@ def lag_taps(kernel: Tensor, skip: Tensor) -> Tensor:
     Returns:
         taps (C, 2L-1) for two directions, (C, L) for one.
     """
-    ahead = kernel[0]
-    ahead = torch.cat([ahead[:, :1] + skip[:, None], ahead[:, 1:]], dim=-1)
+    behind = torch.cat([kernel[0, :, :1] + skip[:, None], kernel[0, :, 1:]], dim=-1)  # lags >= 0: tokens of the past
     if kernel.shape[0] == 1:
-        return ahead
-    return torch.cat([kernel[1, :, :-1].flip(-1), ahead], dim=-1)
+        return behind
+    return torch.cat([kernel[1, :, :-1].flip(-1), behind], dim=-1)

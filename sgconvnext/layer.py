@@ -221,7 +221,7 @@ class SGConv(_MultiScaleKernel):
         past = x[..., None] if past is None else torch.cat([past, x[..., None]], dim=-1)
         taps = lag_taps(self.kernel()[..., : self._reach(past.shape[-1])], self.skip)
         dtype = torch.promote_types(past.dtype, taps.dtype)
-        return torch.einsum("bct,ct->bc", past.to(dtype), taps.flip(-1).to(dtype)).to(x.dtype), past
+        return (past.to(dtype) * taps.flip(-1).to(dtype)).sum(-1).to(x.dtype), past
 
     def _reach(self, length: int) -> int:
         if length > self.length:
@@ -241,7 +241,7 @@ def resize_taps(taps: Tensor, built: tuple[int, int], size: tuple[int, int]) -> 
         size: (H, W) of the new map; with size == built this is the identity.
 
     Returns:
-        taps (C, 2HW - 1), or (C, HW) when causal.
+        taps (C, 2HW - 1), or (C, HW) when causal and built for more than one token.
     """
     length, built_length = size[0] * size[1], built[0] * built[1]
     causal = taps.shape[-1] != 2 * built_length - 1
@@ -249,7 +249,7 @@ def resize_taps(taps: Tensor, built: tuple[int, int], size: tuple[int, int]) -> 
     index = dy * built[1] + dx - (0 if causal else 1 - built_length)
     half = built[1] // 2
     trained = (dx >= -half) & (dx < built[1] - half) & (index >= 0) & (index < taps.shape[-1])
-    return torch.where(trained, taps[:, index.clamp(0, taps.shape[-1] - 1)], 0.0)
+    return torch.where(trained, taps.index_select(1, index.clamp(0, taps.shape[-1] - 1)), 0.0)
 
 
 def _offset(lag: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -353,7 +353,8 @@ class SGConv2d(_MultiScaleKernel):
         """Rebuild the parameters for another input size, N unchanged, by stretching each scale to its new d.
 
         Every w_i is interpolated linearly to ceil(H*W / 2^(N-1)) taps, and kernel_norm follows so that each kernel
-        keeps its L2 norm. Unlike running at another size this gives every offset of the new map a trainable tap.
+        keeps its L2 norm. Unlike running at another size this gives every offset of the new map a trainable tap. Call
+        it before the optimiser is made: the parameters are new ones.
         """
         height, width = _map_size(input_size)
         _, num_scales, _, scale_dim = self.weight.shape

@@ -25,7 +25,7 @@ MIN_SIZE = 32  # pixels: one token is left in the last stage
 
 
 @register_notrace_function
-def checked_images(x: Tensor, in_chans: int, min_size: int = MIN_SIZE) -> Tensor:
+def checked_images(x: Tensor, in_chans: int, min_size: int = MIN_SIZE) -> Tensor:  # TorchScript sees no globals
     """Refuse what no stage can take. A function, and public, because FX traces no branch and sees no private name."""
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(f"images are {x.shape}; this model takes (B, {in_chans}, H, W)")

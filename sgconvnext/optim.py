@@ -82,7 +82,7 @@ def _layer_ids(model: nn.Module) -> dict[str, int]:
     """
     names = [name for name, _ in model.named_parameters()]
     blocks = [int(match[1]) for name in names if (match := re.match(r"stages\.2\.blocks\.(\d+)\.", name))]
-    if not blocks:
+    if not blocks or not all(re.match(r"(stem|stages\.[0-3]|norm_pre|head)\.", name) for name in names):
         raise ValueError("optim.layer_decay knows only ConvNeXt's layers (stem, stages.0 to 3, head); use 1 here")
     last = 3 + -(-(max(blocks) + 1) // 3)
     ids = {}
