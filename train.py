@@ -216,7 +216,7 @@ def refuse_changes(state: dict[str, Any], now: dict[str, Any], path: Path) -> No
 
 
 def seed(number: int, rank: int, epoch: int | None = None) -> None:
-    """Seed Python, numpy and torch: seed + rank for the weights as ConvNeXt does, and a stream of its own per epoch."""
+    """Seed Python, numpy and torch: by seed + rank for the weights, as ConvNeXt; each epoch has its own stream."""
     drawn = number + rank
     if epoch is not None:
         drawn = int(np.random.SeedSequence([number, rank, epoch]).generate_state(1)[0])

@@ -261,7 +261,7 @@ def create_eval_loader(split: Split, config: Config, world: World) -> DataLoader
 
 
 def _check_shards(dataset: Any, config: Config, world: World) -> None:
-    """timm shares out whole shards: over several processes it repeats and drops images, an idle worker ends the epoch."""
+    """timm shares out whole shards: over several processes it repeats and drops images, and no worker may be idle."""
     if world.size > 1:
         raise ValueError(
             f"data.dataset={config.data.dataset!r} reads shards in one process so far, not in {world.size}"
