@@ -1,0 +1,127 @@
+"""What the tests of the training half share: a run of seconds, image folders, the commands as a user types them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.utils import ModelEmaV3
+from torch.amp import GradScaler
+
+from sgconvnext import build, data, engine, optim
+from sgconvnext.config import Config, from_dict, merge
+from sgconvnext.distributed import World
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+
+MICRO = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
+
+# 5 updates of 16 noise images an epoch, no augmentation; neither 2 nor 3 processes divide the 7 validation images
+TREE: dict[str, Any] = {
+    "epochs": 2,
+    "model": {"name": "sgconvnext_atto", "num_classes": 10, "kwargs": MICRO},
+    "data": {"dataset": "synthetic", "img_size": 32, "train_samples": 80, "val_samples": 7, "workers": 0},
+    "augment": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "hflip": 0.0},
+    "optim": {"global_batch": 16, "batch_per_device": 16},
+    "run": {"device": "cpu", "log_every": 1},
+}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"optim": {"lr": 1}}`` to ``{"optim.lr": 1}``; model.kwargs stays whole."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and prefix + key != "model.kwargs":
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """``{"optim.lr": 1}`` to ``{"optim": {"lr": 1}}``."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        leaf = value
+        for key in reversed(path.split(".")):
+            leaf = {key: leaf}
+        tree = merge(tree, leaf)
+    return tree
+
+
+def micro_config(**changes: Any) -> Config:
+    """TREE with changes, as in ``micro_config(**{"optim.lr": 1e-2})``; model.kwargs is replaced as a whole."""
+    return from_dict(unflatten(flatten(TREE) | changes), "test")
+
+
+def alone(rank: int = 0, size: int = 1) -> World:
+    """A place among the processes, without a process group."""
+    return World(rank=rank, size=size, device=torch.device("cpu"))
+
+
+def micro_model(config: Config) -> torch.nn.Module:
+    """The model of the configuration; timm's function alone is faster than ours, which first looks at its class."""
+    model = config.model
+    return timm.create_model(model.name, num_classes=model.num_classes, img_size=config.data.img_size, **model.kwargs)
+
+
+def training(config: Config, model: torch.nn.Module | None = None, **parts: Any) -> engine.Training:
+    """What train.py builds for one CPU process; ``parts`` replace its own."""
+    model = micro_model(config) if model is None else deepcopy(model)
+    batch = config.optim
+    made = {
+        "optimizer": optim.create_optimizer(model, config.optim),
+        "scaler": GradScaler("cpu", enabled=config.run.precision == "fp16"),
+        "ema": ModelEmaV3(model, decay=config.ema.decay) if config.ema.decay else None,
+        "criterion": build.create_criterion(config.augment),
+        "mixup": data.create_mixup(config.augment, config.model.num_classes or 10),
+        "accumulation": data.accumulation_steps(batch.global_batch, batch.batch_per_device, 1),
+        "learning_rates": optim.learning_rates(config.optim, config.epochs, 5),
+    }
+    return engine.Training(config=config, world=alone(), model=model, parallel=model, **(made | parts))
+
+
+def noise(count: int, classes: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (count, 3, 32, 32) and their classes, the same at every call."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 3, 32, 32, generator=generator), torch.randint(classes, (count,), generator=generator)
+
+
+def batches_of(size: int, images: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return iter(list(zip(images.split(size), targets.split(size), strict=True)))
+
+
+def write_images(root: Path, splits: dict[str, dict[str, int]], size: int = 32) -> Path:
+    """root/split/class/number.png, as many as the table says, every image of another grey."""
+    shade = 0
+    for split, classes in splits.items():
+        for name, count in classes.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(np.full((size, size, 3), shade % 256, "uint8")).save(folder / f"{number}.png")
+                shade += 7
+    return root
+
+
+def command(*arguments: object, processes: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run train.py or validate.py by itself, or under torchrun, on the loopback interface only."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    return subprocess.run(
+        [sys.executable, *torchrun, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": loopback},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
