@@ -44,7 +44,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data-root", help="folder that holds the validation split, if not the run's own")
     parser.add_argument("--use-ema", action="store_true", help="evaluate the average of the weights")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="knobs of the run to change")
-    return parser.parse_args()
+    args, dashed = parser.parse_known_args()
+    args.overrides += dashed  # refused by the same message as any other misspelt override
+    return args
 
 
 def checkpoint_config(state: dict[str, Any], args: argparse.Namespace) -> Config:

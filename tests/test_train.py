@@ -386,6 +386,29 @@ def test_second_run_into_the_same_folder_is_refused(
     assert {item.name: item.read_bytes() for item in out.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lr=0.1", ["optim.lr=0.001", "now it is 0.1"]),
+        ("optim.batch_per_device=8", ["optim.batch_per_device=16", "now it is 8"]),
+        ("ema.decay=0.5", ["ema.decay=0.9", "now it is 0.5"]),
+        ("model.name=convnext_atto", ["model.name=sgconvnext_atto", "now it is convnext_atto"]),
+        ("run.precision=bf16", ["run.precision=fp32", "now it is bf16"]),
+    ],
+    ids=lambda item: item if isinstance(item, str) else "",
+)
+def test_run_that_would_go_on_differently_is_refused(
+    override: str, words: list[str], first: tuple[Path, str], refusal: Callable[..., str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(first[0], out)
+    before = {item.name: item.read_bytes() for item in out.iterdir()}
+    told = refusal(train, out / "config.yaml", f"out={out}", "resume=auto", "epochs=4", override)
+    for word in [*words, "last.pth", "model.checkpoint"]:
+        assert word in told
+    assert {item.name: item.read_bytes() for item in out.iterdir()} == before
+
+
 def test_run_that_starts_from_another_folders_checkpoint_does_not_overwrite_a_third_run(
     first: tuple[Path, str], refusal: Callable[..., str], tmp_path: Path
 ) -> None:
