@@ -7,12 +7,14 @@ Options are section.key=value and override the YAML file; --help lists them all.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import logging
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -60,6 +62,7 @@ class Run:
         self.config, self.world = config, world
         self.out = Path(config.out)
         resume = find_resume(config)
+        self.lock = claim(self.out) if world.is_first else None
         seed(config.seed, world.rank)
         torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
@@ -74,7 +77,7 @@ class Run:
         self.class_to_idx = train.class_to_idx
         self.updates = data.updates_per_epoch(len(train), config.optim.global_batch)
 
-        model = build.create_model(config, classes).to(world.device)
+        model = build.create_model(config, classes, start=resume is None).to(world.device)
         optimizer = optim.create_optimizer(model, config.optim)
         if config.model.compile:
             model.compile()
@@ -102,6 +105,10 @@ class Run:
         self.start, self.best = 0, -math.inf
         if resume is not None:
             self.load(resume)
+        if world.sum(torch.tensor(self.start, device=world.device)).item() != self.start * world.size:
+            raise ValueError(
+                f"processes would start at different epochs, this one at {self.start}: share out={config.out!r}"
+            )
         self.announce(len(train), len(val))
 
     def announce(self, train_images: int, val_images: int) -> None:
@@ -122,6 +129,8 @@ class Run:
         """Go on from the epoch after the one in the checkpoint."""
         state, t = checkpoint.load(path), self.training
         refuse_changes(state, to_dict(self.config), path)
+        if state.get("class_to_idx") != self.class_to_idx:
+            raise ValueError(f"resume={str(path)!r} was written with other classes; start anew with model.checkpoint")
         checkpoint.load_weights(t.model, checkpoint.weights(state, False, path), path)
         if t.ema is not None:
             checkpoint.load_weights(t.ema.module, checkpoint.weights(state, True, path), path)
@@ -131,6 +140,9 @@ class Run:
         _logger.info("resumed from %s after epoch %d", path, state["epoch"])
 
     def train(self) -> None:
+        if self.start >= self.config.epochs:
+            _logger.info("nothing to do: %s has finished %d epochs", self.out, self.start)
+            return
         if self.world.is_first:
             (self.out / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
             keep_metrics(self.out / "metrics.jsonl", self.start)
@@ -140,7 +152,7 @@ class Run:
             metrics = self.evaluate(epoch, trained)
             if self.world.is_first:
                 self.save(epoch, metrics)
-        _logger.info("best top-1 %.2f%%; %s holds config.yaml, metrics.jsonl, last.pth, best.pth", self.best, self.out)
+        _logger.info("best top-1 %.2f%%; config.yaml, metrics.jsonl and checkpoints are in %s", self.best, self.out)
 
     def evaluate(self, epoch: int, trained: dict[str, float]) -> dict[str, float]:
         """The epoch's line of metrics.jsonl, the same on every process."""
@@ -156,7 +168,10 @@ class Run:
         return metrics | {"lr": trained["lr"], "images_per_s": trained["images_per_s"]}
 
     def save(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Append the metrics, write last.pth, and best.pth where the model or its EMA has a new best top-1."""
+        """Write best.pth where the model or its EMA has a new best top-1, the line of metrics, and last.pth.
+
+        In this order, so that a run which is killed in between repeats the epoch and loses neither.
+        """
         t = self.training
         score = max(metrics["val_top1"], metrics.get("ema_top1", -math.inf))
         is_best, self.best = score > self.best, max(score, self.best)
@@ -175,11 +190,11 @@ class Run:
         }
         if t.ema is not None:
             state["state_dict_ema"] = t.ema.module.state_dict()
-        checkpoint.save(self.out / "last.pth", state)
         if is_best:
             checkpoint.save(self.out / "best.pth", state)
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
+        checkpoint.save(self.out / "last.pth", state)
         shown = " ".join(f"{key} {metrics[key]:.4g}" for key in metrics if key != "epoch")
         _logger.info("epoch %d: %s%s", epoch, shown, " (best)" if is_best else "")
 
@@ -192,11 +207,26 @@ def find_resume(config: Config) -> Path | None:
     except OSError as error:
         raise ValueError(f"out={config.out!r} cannot be made a folder ({error.strerror}); name another") from error
     last, given = out / "last.pth", Path(config.resume)
+    held = [name for name in ("last.pth", "best.pth", "metrics.jsonl", "config.yaml") if (out / name).exists()]
     if config.resume == "auto":
+        if "best.pth" in held and "last.pth" not in held:
+            raise ValueError(f"out={config.out!r} has best.pth but no last.pth; use resume={out / 'best.pth'}")
         return last if last.exists() else None
-    if (out / "config.yaml").exists() and (not config.resume or out.resolve() not in given.resolve().parents):
+    if held and (not config.resume or out.resolve() not in given.resolve().parents):
         raise ValueError(f"out={config.out!r} already holds a run; resume=auto continues it, another out starts anew")
     return given if config.resume else None
+
+
+def claim(out: Path) -> IO[str]:
+    """Lock the output folder for as long as this process lives; two runs in one folder would mix their files."""
+    try:
+        lock = (out / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(
+            f"out={str(out)!r} is in use or not writable ({error.strerror}); wait, or name another"
+        ) from error
+    return lock
 
 
 def refuse_changes(state: dict[str, Any], now: dict[str, Any], path: Path) -> None:
@@ -226,10 +256,15 @@ def seed(number: int, rank: int, epoch: int | None = None) -> None:
 
 
 def keep_metrics(path: Path, epochs: int) -> None:
-    """Drop the lines of epochs that will be run again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["epoch"] < epochs]
-    path.write_text("".join(line + "\n" for line in kept))
+    """Drop the lines of epochs that will be run again, and one that a kill cut short."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["epoch"] < epochs:
+                kept.append(line + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)
 
 
 if __name__ == "__main__":

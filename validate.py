@@ -26,7 +26,8 @@ def main() -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
         val = data.create_split(config, train=False)
         trained = data.Split(val.dataset, state.get("class_to_idx"))
-        model = build.create_model(config, data.num_classes(trained, val, config.model.num_classes))
+        classes = data.num_classes(trained, val, config.model.num_classes)
+        model = build.create_model(config, classes, start=False)
         weights = checkpoint.weights(state, args.use_ema, args.checkpoint)
         checkpoint.load_weights(model, weights, args.checkpoint)
     except ValueError as error:
@@ -56,10 +57,7 @@ def checkpoint_config(state: dict[str, Any], args: argparse.Namespace) -> Config
         raise ValueError(f"checkpoint {args.checkpoint!r} carries no configuration; it was not written by train.py")
     root = [] if args.data_root is None else [f"data.root={json.dumps(args.data_root)}"]
     tree = merge(tree, parse_overrides([*root, *args.overrides]))
-    config = from_dict(tree, args.checkpoint)
-    config.model.checkpoint = ""  # the run's own starting point is not needed again
-    config.model.pretrained = False
-    return config
+    return from_dict(tree, args.checkpoint)
 
 
 if __name__ == "__main__":

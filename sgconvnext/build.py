@@ -12,8 +12,13 @@ from . import checkpoint
 from .config import Augment, Config
 
 
-def create_model(config: Config, classes: int) -> nn.Module:
-    """timm's model of that name, on the CPU, with the weights of model.checkpoint if one is named.
+def create_model(config: Config, classes: int, start: bool = True) -> nn.Module:
+    """timm's model of that name, on the CPU.
+
+    Args:
+        config: of the run.
+        classes: outputs of the classifier.
+        start: load the weights that a new run starts from (model.checkpoint or model.pretrained), if it names any.
 
     Raises:
         ValueError: an unknown name, an argument that the model refuses, or weights that do not fit.
@@ -23,10 +28,12 @@ def create_model(config: Config, classes: int) -> nn.Module:
         close = difflib.get_close_matches(name, timm.list_models(), n=1)
         raise ValueError(f"model.name={name!r} is no timm model" + (f"; did you mean {close[0]!r}?" if close else ""))
     try:
-        model: Any = timm.create_model(name, **_arguments(config, classes))
+        model: Any = timm.create_model(name, **_arguments(config, classes, start))
     except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
-        raise ValueError(f"model.name={name!r} cannot be built: {' '.join(str(error).split())}") from error
-    if config.model.checkpoint:
+        raise ValueError(
+            f"model.name={name!r} cannot be built: {' '.join(str(error).split()) or repr(error)}"
+        ) from error
+    if start and config.model.checkpoint:
         path = config.model.checkpoint
         found = checkpoint.weights(checkpoint.load(path), config.model.checkpoint_ema, path)
         checkpoint.load_weights(
@@ -40,10 +47,10 @@ def create_model(config: Config, classes: int) -> nn.Module:
     return built
 
 
-def _arguments(config: Config, classes: int) -> dict[str, Any]:
+def _arguments(config: Config, classes: int, start: bool) -> dict[str, Any]:
     model = config.model
     arguments: dict[str, Any] = {
-        "pretrained": model.pretrained,
+        "pretrained": start and model.pretrained,
         "num_classes": classes,
         "drop_rate": model.drop,  # timm passes None on to no model
         "drop_path_rate": model.drop_path,

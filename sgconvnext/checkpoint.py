@@ -33,7 +33,7 @@ def load(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"checkpoint {str(path)!r} cannot be read ({type(error).__name__}: {reason})") from error
-    if not isinstance(state, dict) or "state_dict" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
         raise ValueError(f"checkpoint {str(path)!r} has no 'state_dict'; it was not written by train.py or timm")
     return state
 
@@ -62,9 +62,10 @@ def load_weights(model: nn.Module, found: dict[str, torch.Tensor], path: str | P
         ("unexpected", [key for key in found if key not in own]),
         ("shaped differently", [key for key in own if key in found and found[key].shape != own[key].shape]),
     ]
+    hint = "; was it built for another model.img_size?" if problems[2][1] else ""
     told = [f"{len(keys)} {what} ({_shown(keys)})" for what, keys in problems if keys]
     if told:
-        raise ValueError(f"checkpoint {str(path)!r} is of another architecture; keys {'; '.join(told)}")
+        raise ValueError(f"checkpoint {str(path)!r} is of another architecture; keys {'; '.join(told)}{hint}")
     model.load_state_dict(found, strict=not skip)
 
 

@@ -161,13 +161,21 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not path or text.startswith("-"):
             raise ValueError(f"command line: {text!r} is no override; write section.key=value, as in optim.lr=1e-3")
         try:
-            leaf: Any = yaml.load(value, _Loader)
+            leaf: Any = value if _is_text(path) else yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"command line: the value of {text!r} is no YAML; put it in quotes") from error
         for key in reversed(path.split(".")):
             leaf = {key: leaf}
         tree = merge(tree, leaf)
     return _typed(tree, Config, "command line")
+
+
+def _is_text(path: str) -> bool:
+    """Text is taken as typed, be it a path with '#' in it or a folder called 2024."""
+    hint: Any = Config
+    for key in path.split("."):
+        hint = get_type_hints(hint).get(key) if dataclasses.is_dataclass(hint) else None
+    return hint is str
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -207,7 +215,14 @@ def _sections() -> list[dataclasses.Field[Any]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 2026-11-22 is text, such as the name of a folder."""
+    """Safe YAML in which 2026-11-22 is text, such as the name of a folder, and no key is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} is given {keys.count(key)} times")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -314,7 +329,7 @@ def _number(value: Any) -> Any:
         return _NO
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return _NO
     return number if math.isfinite(number) else _NO
 
@@ -343,6 +358,15 @@ def _check_values(config: Config) -> None:
     for key, value, ok, cure in [
         ("epochs", config.epochs, config.epochs >= 1, "at least 1"),
         ("seed", config.seed, config.seed >= 0, "at least 0"),
+        ("out", repr(config.out), config.out != "", "a folder"),
+        ("model.new_head", model.new_head, model.checkpoint or not model.new_head, "false without model.checkpoint"),
+        (
+            "model.checkpoint_ema",
+            model.checkpoint_ema,
+            model.checkpoint or not model.checkpoint_ema,
+            "false without model.checkpoint",
+        ),
+        ("model.pretrained", model.pretrained, not (model.pretrained and model.checkpoint), "false, or no checkpoint"),
         ("model.num_classes", model.num_classes, model.num_classes is None or model.num_classes > 0, "at least 1"),
         ("model.drop_path", model.drop_path, 0 <= (model.drop_path or 0) < 1, "at least 0 and below 1"),
         ("model.drop", model.drop, 0 <= (model.drop or 0) < 1, "at least 0 and below 1"),

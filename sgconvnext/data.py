@@ -1,5 +1,6 @@
 """Datasets by name, ConvNeXt's transforms, and loaders that give every process its share."""
 
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,12 @@ def create_split(config: Config, train: bool) -> Split:
         raise ValueError(f"data.dataset={config.data.dataset!r} does not say how many images it has; set data.{knob}")
     source = getattr(dataset, "reader", dataset)
     classes = getattr(source, "class_to_idx", None) or getattr(source, "class_name_to_idx", None)  # folder or tar
+    for name in classes or ():
+        if not name or name.startswith("."):
+            where = f"data.root={config.data.root!r}, {config.data.train_split if train else config.data.val_split}"
+            raise ValueError(
+                f"{where}: images lie in {name or 'the split itself'!r}; put each into its class's folder"
+            )
     return Split(dataset, classes or None)
 
 
@@ -125,7 +132,7 @@ def _open(config: Config, train: bool) -> Any:
         if missing:
             raise ValueError(f"{len(missing)} of {len(shards)} shards do not exist, the first is {missing[0]!r}")
         return dataset
-    except (RuntimeError, AssertionError, ImportError, OSError, ValueError) as error:
+    except (RuntimeError, AssertionError, ImportError, OSError, ValueError, tarfile.TarError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"data.dataset={data.dataset!r}, data.root={data.root!r}, {knob}={split!r}: {reason}"
@@ -150,7 +157,7 @@ def num_classes(train: Split, val: Split, wanted: int | None) -> int:
     """The number of classes of the run: the data's, which must agree between the splits and with model.num_classes."""
     if train.class_to_idx != val.class_to_idx:
         extra = sorted(set(train.class_to_idx or ()) ^ set(val.class_to_idx or ()))
-        shown = ", ".join(extra[:5]) + (", ..." if len(extra) > 5 else "")
+        shown = ", ".join(map(str, extra[:5])) + (", ..." if len(extra) > 5 else "")
         raise ValueError(
             f"training has {len(train.class_to_idx or ())} classes, validation {len(val.class_to_idx or ())}; "
             f"only in one of them: {shown or 'none, but their order differs'}"

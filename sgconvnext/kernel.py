@@ -43,10 +43,18 @@ def multiscale_kernel(weight: Tensor, length: int, decay: str, alpha: tuple[floa
         inverse = torch.linspace(1 / alpha[0], 1 / alpha[1], channels, device=weight.device, dtype=weight.dtype)
         scale = torch.arange(weight.shape[1], device=weight.device)
         weight = weight / inverse[:, None] ** scale[:, None, None]
-    scales = [weight[:, i] for i in range(weight.shape[1])]
-    for i in range(2, len(scales)):  # the first two scales are d long, each later one doubles
-        size = weight.shape[3] * (1 << (i - 1))
-        scales[i] = F.interpolate(scales[i], size=size, mode="linear", align_corners=False)
+    size = weight.shape[3]
+    scales = [weight[:, 0]]
+    end = size
+    for i in range(1, weight.shape[1]):
+        if end >= length:  # scales beyond the length have no tap
+            break
+        if i > 1:  # the first two scales are d long, each later one doubles
+            size *= 2
+        scales.append(weight[:, i])
+        if i > 1:
+            scales[i] = F.interpolate(scales[i], size=size, mode="linear", align_corners=False)
+        end += size
     kernel = torch.cat(scales, dim=-1)[..., :length]
     if decay == "position":
         position = torch.arange(1, length + 1, device=weight.device, dtype=weight.dtype)

@@ -232,8 +232,10 @@ class SGConv(_MultiScaleKernel):
 def resize_taps(taps: Tensor, built: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """The input-size policy: taps for another feature map that keep each tap's 2-D offset.
 
-    On a map W wide, lag = dy * W + dx with -W/2 <= dx < W/2 is the offset (dy, dx). The tap of a lag on the new map is
-    the built tap of the same offset; offsets that the built map does not have were never trained and are zero.
+    On a map W wide, lag = dy * W + dx with -W/2 <= dx < W/2 is read as the offset (dy, dx). The tap of a lag on the
+    new map is the built tap of the same offset; offsets that the built map does not have were never trained and are
+    zero. Pixels more than W/2 columns apart share the lag, and so the tap, of a near column in the next row: there
+    the two sizes differ.
 
     Args:
         taps: built for a map of ``built`` = (H0, W0): (C, 2 H0 W0 - 1), or (C, H0 W0) when causal.
