@@ -12,9 +12,11 @@ import fcntl
 import json
 import logging
 import math
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,15 +35,18 @@ _logger = logging.getLogger("train")
 
 def main() -> None:
     args = parse_args()
-    try:
-        config = load_config(args.config, args.overrides)
-        world = distributed.start(config.run.device)
-        logging.basicConfig(level=logging.INFO if world.is_first else logging.WARNING, format="%(message)s")
-        run = Run(config, world)
-    except ValueError as error:  # the user's; later ones are ours and keep their traceback
-        distributed.fail("train.py", error)
-    run.train()
-    distributed.stop()
+    with contextlib.ExitStack() as claimed:
+        try:
+            config = load_config(args.config, args.overrides)
+            world = distributed.start(config.run.device)
+            logging.basicConfig(level=logging.INFO if world.is_first else logging.WARNING, format="%(message)s")
+            if world.is_first:
+                claimed.enter_context(claim(Path(config.out)))
+            run = Run(config, world)
+        except ValueError as error:  # the user's; later ones are ours and keep their traceback
+            distributed.fail("train.py", error)
+        run.train()
+        distributed.stop()
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,7 +67,6 @@ class Run:
         self.config, self.world = config, world
         self.out = Path(config.out)
         resume = find_resume(config)
-        self.lock = claim(self.out) if world.is_first else None
         seed(config.seed, world.rank)
         torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
@@ -201,12 +205,8 @@ class Run:
 
 def find_resume(config: Config) -> Path | None:
     """The checkpoint to go on from; a folder that holds a run is only ever continued, never overwritten."""
-    out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out={config.out!r} cannot be made a folder ({error.strerror}); name another") from error
-    last, given = out / "last.pth", Path(config.resume)
+    out, given = Path(config.out), Path(config.resume)
+    last = out / "last.pth"
     held = [name for name in ("last.pth", "best.pth", "metrics.jsonl", "config.yaml") if (out / name).exists()]
     if config.resume == "auto":
         if "best.pth" in held and "last.pth" not in held:
@@ -217,16 +217,25 @@ def find_resume(config: Config) -> Path | None:
     return given if config.resume else None
 
 
-def claim(out: Path) -> IO[str]:
-    """Lock the output folder for as long as this process lives; two runs in one folder would mix their files."""
+@contextlib.contextmanager
+def claim(out: Path) -> Iterator[None]:
+    """Make the output folder and lock it while the run lasts: two runs in one folder would mix their files."""
     try:
-        lock = (out / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"out={str(out)!r} is in use or not writable ({error.strerror}); wait, or name another"
-        ) from error
-    return lock
+        raise ValueError(f"out={str(out)!r} cannot be made a folder ({error.strerror}); name another") from error
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"out={str(out)!r} is not writable; name another")
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(folder)
+        raise ValueError(f"out={str(out)!r} is in use by another run; wait for it, or name another") from error
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def refuse_changes(state: dict[str, Any], now: dict[str, Any], path: Path) -> None:

@@ -55,7 +55,7 @@ def checkpoint_config(state: dict[str, Any], args: argparse.Namespace) -> Config
     tree = state.get("args")
     if not isinstance(tree, dict):
         raise ValueError(f"checkpoint {args.checkpoint!r} carries no configuration; it was not written by train.py")
-    root = [] if args.data_root is None else [f"data.root={json.dumps(args.data_root)}"]
+    root = [] if args.data_root is None else [f"data.root={args.data_root}"]
     tree = merge(tree, parse_overrides([*root, *args.overrides]))
     return from_dict(tree, args.checkpoint)
 
