@@ -104,6 +104,15 @@ def test_class_may_have_the_name_of_a_split(dataset: str, tmp_path: Path) -> Non
     assert train.class_to_idx == val.class_to_idx == {"train": 0, "val": 1}
 
 
+@pytest.mark.parametrize("stray", [".", ".checkpoints"])
+def test_images_outside_a_class_folder_are_refused(stray: str, folders: Path) -> None:
+    image = next((folders / "train").rglob("*.png"))
+    (folders / "train" / stray).mkdir(exist_ok=True)
+    (folders / "train" / stray / "stray.png").write_bytes(image.read_bytes())
+    with refused(str(folders), "train", "class"):
+        data.create_split(folder_config(folders), train=True)
+
+
 def test_empty_split_name_does_not_mean_the_root(folders: Path) -> None:
     with refused("has no ''", "data.val_split", "train, val"):
         data.create_split(folder_config(folders, **{"data.val_split": ""}), train=False)

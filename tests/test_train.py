@@ -409,6 +409,32 @@ def test_run_that_would_go_on_differently_is_refused(
     assert {item.name: item.read_bytes() for item in out.iterdir()} == before
 
 
+def test_folder_of_a_living_run_is_refused(refusal: Callable[..., str], tmp_path: Path) -> None:
+    out, config = tmp_path / "out", write_config(tmp_path / "a.yaml")
+    with train.claim(out):
+        told = refusal(train, config, f"out={out}", "resume=auto")
+    assert str(out) in told
+    assert "in use" in told
+    with train.claim(out):  # the lock went with its run
+        pass
+
+
+def test_folder_that_lost_its_last_checkpoint_is_not_begun_anew(refusal: Callable[..., str], tmp_path: Path) -> None:
+    out, config = tmp_path / "out", write_config(tmp_path / "a.yaml")
+    out.mkdir()
+    (out / "best.pth").write_bytes(b"the best of 300 epochs")
+    for resume in ("", "auto"):
+        assert str(out) in refusal(train, config, f"out={out}", f"resume={resume}")
+    assert (out / "best.pth").read_bytes() == b"the best of 300 epochs"
+
+
+def test_line_of_metrics_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 0, "lr": 1}\n{"epoch": 1, "lr": 2}\n{"epoch": 2, "lr": 3}\n{"epoch": 3, "l')
+    train.keep_metrics(path, 2)
+    assert path.read_text() == '{"epoch": 0, "lr": 1}\n{"epoch": 1, "lr": 2}\n'
+
+
 def test_run_that_starts_from_another_folders_checkpoint_does_not_overwrite_a_third_run(
     first: tuple[Path, str], refusal: Callable[..., str], tmp_path: Path
 ) -> None:
