@@ -1,6 +1,7 @@
 """From a configuration to the network and the loss: the network is only a name given to timm."""
 
 import difflib
+import functools
 from typing import Any
 
 import timm
@@ -63,6 +64,7 @@ def _arguments(config: Config, classes: int, start: bool) -> dict[str, Any]:
     return arguments | model.kwargs
 
 
+@functools.cache
 def _has_input_size(name: str) -> bool:
     """Models built for an image size have timm's set_input_size; looked up on the meta device, without memory."""
     with torch.device("meta"):

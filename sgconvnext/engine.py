@@ -104,7 +104,7 @@ def train_epoch(t: Training, batches: Iterator[tuple[Tensor, Tensor]], epoch: in
         if (update + 1) % t.config.run.log_every == 0 or update + 1 == updates:
             mean = t.world.sum(loss.clone()).item() / t.world.size
             if not np.isfinite(mean):
-                raise FloatingPointError(f"epoch {epoch}, update {update}: the loss is {mean}; lower optim.lr")
+                raise FloatingPointError(f"epoch {epoch}, update {update + 1}: the loss is {mean}; lower optim.lr")
             rate = (update + 1) * t.config.optim.global_batch / (time.perf_counter() - began)
             if watched(t.world):
                 bar.set_postfix(loss=f"{mean:.4f}", lr=f"{lr:.2e}", images_per_s=f"{rate:.0f}")
