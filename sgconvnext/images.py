@@ -1,0 +1,126 @@
+"""Image files as they come: odd ones decoded, broken ones counted and replaced, each reported by its place."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from . import rng
+
+UNREADABLE = 1
+# what Sample.fault and Batch.faults count; all but the unreadable ones are decoded
+FAULTS = ("", "unreadable", "CMYK", "palette", "16-bit", "EXIF-rotated", "very large")
+ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+
+
+class Sample(NamedTuple):
+    """One image; None where it could not be read."""
+
+    image: Tensor | None
+    target: int
+    index: int  # in the dataset; in shards, the place in the epoch's order
+    fault: int  # of FAULTS
+
+
+class Batch(NamedTuple):
+    """Images (B, 3, H, W) and their classes (B,); indices and faults (N,) of all samples, the unreadable included."""
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+    faults: Tensor
+
+
+class Images(Dataset[Sample]):
+    """Any dataset of images, with a stream of random numbers for every (seed, epoch, index), and faults told.
+
+    Args:
+        source: ``source[index]`` gives (PIL image, class), or it has timm's ``reader``, which gives (file, class).
+        transform: of an RGB image.
+        seed: of the random numbers; with the epoch, which the loader sets, and the index it fixes a sample.
+        upright: turn images as their EXIF orientation says.
+    """
+
+    def __init__(self, source: Any, transform: Callable[[Any], Tensor], seed: int, upright: bool = False) -> None:
+        self.source, self.transform, self.seed, self.upright = source, transform, seed, upright
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        reader = getattr(self.source, "reader", None)
+        target = -1
+        with rng.stream(self.seed, self.epoch, index):
+            try:
+                if reader is None:
+                    found, target = self.source[index]
+                else:
+                    file, target = reader[index]
+                    found = Image.open(file)
+                image, fault = decode(found, self.upright)
+            except Exception:  # Pillow raises a dozen types for damaged files
+                return Sample(None, target, index, UNREADABLE)
+            return Sample(self.transform(image), int(target), index, fault)
+
+    def name(self, index: int) -> str:
+        """The path of an image, where the dataset knows one, else its number."""
+        reader = getattr(self.source, "reader", None)
+        return str(reader.filename(index, absolute=True)) if hasattr(reader, "filename") else f"image {index}"
+
+
+def decode(image: Image.Image, upright: bool = False) -> tuple[Image.Image, int]:
+    """An opened image as 8-bit RGB, and what was unusual about it, as an index into FAULTS.
+
+    As timm and torchvision, alpha is dropped and EXIF's orientation ignored, but for ``upright``. Unlike them, 16-bit
+    greys are divided by 256; Pillow's own conversion makes everything above 255 white.
+    """
+    fault = FAULTS.index("very large") if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 2**62) else 0
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        fault = FAULTS.index("EXIF-rotated")
+        image = ImageOps.exif_transpose(image) if upright else image
+    if image.mode == "CMYK":
+        fault = FAULTS.index("CMYK")
+    elif image.mode in ("P", "PA"):
+        fault = FAULTS.index("palette")
+        image = image.convert("RGBA")  # the way to RGB that knows of transparent colours
+    elif image.mode == "I" or image.mode.startswith("I;16"):
+        fault = FAULTS.index("16-bit")
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB"), fault
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """A training batch; for an image that could not be read another of the batch stands in, and its class with it."""
+    good = [sample for sample in samples if sample.image is not None]
+    if not good:
+        raise ValueError(f"none of the {len(samples)} images of a batch could be read, the first is {samples[0].index}")
+    shown = [sample if sample.image is not None else good[i % len(good)] for i, sample in enumerate(samples)]
+    return _batch(shown, samples)
+
+
+def collate_readable(samples: list[Sample]) -> Batch:
+    """An evaluation batch: images that could not be read are left out, for no other image may count twice."""
+    good = [sample for sample in samples if sample.image is not None]
+    if not good:
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), *_places(samples))
+    return _batch(good, samples)
+
+
+def _batch(shown: list[Sample], samples: list[Sample]) -> Batch:
+    images = default_collate([sample.image for sample in shown])
+    return Batch(images, torch.tensor([sample.target for sample in shown]), *_places(samples))
+
+
+def _places(samples: list[Sample]) -> tuple[Tensor, Tensor]:
+    return torch.tensor([s.index for s in samples]), torch.tensor([s.fault for s in samples])
+
+
+# Pillow refuses more than twice MAX_IMAGE_PIXELS as a decompression bomb, and only warns of more than once; those are
+# decoded and counted here, so that the warning would say it again in every worker.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
