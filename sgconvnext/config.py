@@ -62,6 +62,8 @@ class Data:
     interpolation: Literal["bicubic", "bilinear", "nearest"] = knob("bicubic", "of every resize")
     mean: tuple[float, float, float] = knob(IMAGENET_MEAN, "subtracted from the channels, which are in 0..1")
     std: tuple[float, float, float] = knob(IMAGENET_STD, "divides them")
+    upright: bool = knob(False, "turn images as their EXIF orientation says; ConvNeXt, timm and torchvision do not")
+    max_unreadable: float = knob(0.01, "share of a split's images that may be unreadable before the run stops")
     workers: int = knob(8, "loader processes per device; 0 loads in the training process")
     pin_memory: bool = knob(True, "page-locked batches; used on CUDA only")
 
@@ -117,23 +119,44 @@ class Run:
     precision: Literal["fp32", "bf16", "fp16"] = knob("fp32", "autocast dtype; fp16 scales the loss")
     tf32: bool = knob(False, "let CUDA round the inputs of float32 products to TF32")
     cudnn_benchmark: bool = knob(True, "let cuDNN time its kernels")
-    log_every: int = knob(50, "updates between two lines of the log, each of which checks that the loss is finite")
+    max_skips: int = knob(20, "fp16: updates in a row that the loss scaler may skip before the run stops")
+    log_every: int = knob(50, "updates between two lines of the log")
+
+
+@dataclass(kw_only=True, slots=True)
+class Save:
+    """Checkpoints. Each epoch's end has one, and a run that is asked to stop leaves one."""
+
+    every: int | None = knob(None, "also every so many updates within an epoch; null: at its end only")
+    keep: int = knob(3, "the newest so many stay, beside the best")
+    max_failures: int = knob(5, "failures to save in a row, as on a full disk, before the run stops")
+
+
+@dataclass(kw_only=True, slots=True)
+class Watch:
+    """Where the metrics of an epoch go, beside metrics.jsonl and, where matplotlib is installed, curves.png."""
+
+    tensorboard: bool = knob(False, "event files in out/tensorboard; needs the package tensorboard")
+    wandb: str = knob("", "Weights & Biases project; needs the package wandb; '': none")
 
 
 @dataclass(kw_only=True, slots=True)
 class Config:
     """A whole run. The defaults are a plain run; configs/imagenet.yaml holds ConvNeXt's recipe."""
 
-    out: str = knob("runs/run", "output folder: config.yaml, metrics.jsonl, last.pth, best.pth")
+    out: str = knob("runs/run", "output folder: config.yaml, metrics.jsonl, checkpoints, last.pth, best.pth")
     epochs: int = knob(300, "passes over the training data, warm-up included")
     seed: int = knob(0, "of weights, order and augmentation; each rank adds its own number")
-    resume: str = knob("", "'auto': go on from out/last.pth if there is one; or a path; '': start anew")
+    resume: str = knob("", "'auto': go on from the newest good checkpoint in out, if any; or a path; '': start anew")
+    allow_change: str = knob("", "knobs that may differ from the resumed checkpoint's, e.g. epochs,optim.lr")
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
     ema: Ema = field(default_factory=Ema)
     run: Run = field(default_factory=Run)
+    save: Save = field(default_factory=Save)
+    watch: Watch = field(default_factory=Watch)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -403,6 +426,11 @@ def _check_values(config: Config) -> None:
         ("optim.clip_grad", optim.clip_grad, optim.clip_grad is None or optim.clip_grad > 0, "positive, or null"),
         ("ema.decay", config.ema.decay, 0 <= config.ema.decay < 1, "at least 0 and below 1"),
         ("run.log_every", config.run.log_every, config.run.log_every >= 1, "at least 1"),
+        ("run.max_skips", config.run.max_skips, config.run.max_skips >= 0, "at least 0"),
+        ("data.max_unreadable", data.max_unreadable, 0 <= data.max_unreadable < 1, "at least 0 and below 1"),
+        ("save.every", config.save.every, config.save.every is None or config.save.every >= 1, "at least 1, or null"),
+        ("save.keep", config.save.keep, config.save.keep >= 1, "at least 1"),
+        ("save.max_failures", config.save.max_failures, config.save.max_failures >= 1, "at least 1"),
     ]:
         if not ok:
             raise ValueError(f"{key}={value} must be {cure}")
