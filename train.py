@@ -2,51 +2,87 @@
 
     python train.py configs/digits.yaml                                                             # one device
     torchrun --nproc-per-node=8 train.py configs/sgconvnext_tiny.yaml data.root=/path/to/imagenet   # one node
+    python train.py configs/digits.yaml check                                                       # only look
 
-Options are section.key=value and override the YAML file; --help lists them all.
+Options are section.key=value and override the YAML file; --help lists them all. With ``check`` the run ends before
+its first update, having looked at the data, the arithmetic, memory and disk, and written nothing.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import json
 import logging
 import math
 import os
-import random
+import resource
+import sys
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import yaml
 from timm.utils import ModelEmaV3
 from torch.amp import GradScaler
+from torch.distributed import DistError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import sgconvnext  # noqa: F401  registers the models with timm
-from sgconvnext import build, checkpoint, data, distributed, engine, optim
+from sgconvnext import build, checkpoint, data, distributed, engine, optim, preflight, resume, rng
 from sgconvnext.config import Config, describe, load_config, to_dict
+from sgconvnext.images import UNREADABLE, Batch, UnreadableError
+from sgconvnext.nonfinite import NonFiniteError
+from sgconvnext.watch import Watch
 
 _logger = logging.getLogger("train")
 
 
 def main() -> None:
     args = parse_args()
-    with contextlib.ExitStack() as claimed:
+    with contextlib.ExitStack() as opened:
         try:
             config = load_config(args.config, args.overrides)
             world = distributed.start(config.run.device)
             logging.basicConfig(level=logging.INFO if world.is_first else logging.WARNING, format="%(message)s")
-            if world.is_first:
-                claimed.enter_context(claim(Path(config.out)))
+            if not args.check:
+                world.on_first(lambda: opened.enter_context(claim(Path(config.out))))
             run = Run(config, world)
-        except ValueError as error:  # the user's; later ones are ours and keep their traceback
+            if not args.check:
+                world.on_first(run.begin)
+                opened.callback(run.end)
+        except (ValueError, OSError) as error:  # the user's, or the disk's
             distributed.fail("train.py", error)
-        run.train()
+        if args.check:
+            _logger.info("checked: the run can start")
+        else:
+            train(run)
         distributed.stop()
+
+
+def train(run: "Run") -> None:
+    """Train, and tell in one line what went wrong on the way; with exit code 1, on which torchrun restarts."""
+    try:
+        run.train()
+    except NonFiniteError as error:
+        distributed.fail("train.py", run.reported(error), code=1)
+    except (FloatingPointError, UnreadableError, OSError) as error:
+        distributed.fail("train.py", error, code=1)
+    except RuntimeError as error:
+        message = str(error).splitlines()[0]
+        if "DataLoader worker" in message:
+            cure = "out of memory? lower data.workers; resume=auto goes on from the last checkpoint"
+            distributed.fail("train.py", RuntimeError(f"{message} ({cure})"), code=1, alone=True)
+        if isinstance(error, DistError) or "gloo" in message:
+            distributed.fail(
+                "train.py", RuntimeError("another process of this run has ended; see its message"), code=1
+            )
+        raise
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,20 +90,24 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, epilog=describe(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", help="YAML file, such as configs/digits.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="knobs that override the file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="knobs that override the file; or the word check"
+    )
     args, dashed = parser.parse_known_args()
+    args.check = "check" in args.overrides
+    args.overrides = [text for text in args.overrides if text != "check"]
     args.overrides += dashed  # refused by the same message as any other misspelt override
     return args
 
 
 class Run:
-    """The order of a run: data, model, optimiser, EMA, resume; then epoch after epoch."""
+    """The order of a run: data, model, optimiser, EMA, resume, preflight; then epoch after epoch."""
 
     def __init__(self, config: Config, world: distributed.World) -> None:
         self.config, self.world = config, world
-        self.out = Path(config.out)
-        resume = find_resume(config)
-        seed(config.seed, world.rank)
+        self.folder = checkpoint.Folder(Path(config.out))
+        found: Path | None = world.on_first(lambda: resume.find(config, self.folder))
+        rng.seed(config.seed, world.rank)
         torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
 
@@ -78,10 +118,10 @@ class Run:
         classes = data.num_classes(train, val, config.model.num_classes)
         config.model.num_classes = classes  # resolved, so that a checkpoint says what its model was built with
         config.model.img_size = config.model.img_size or config.data.img_size
-        self.class_to_idx = train.class_to_idx
+        self.class_to_idx, self.images = train.class_to_idx, train.dataset
         self.updates = data.updates_per_epoch(len(train), config.optim.global_batch)
 
-        model = build.create_model(config, classes, start=resume is None).to(world.device)
+        model = build.create_model(config, classes, start=found is None).to(world.device)
         optimizer = optim.create_optimizer(model, config.optim)
         if config.model.compile:
             model.compile()
@@ -106,115 +146,270 @@ class Run:
         )
         self.train_loader = data.TrainLoader(train, config, world)
         self.val_loader: DataLoader[Any] = data.create_eval_loader(val, config, world)
-        self.start, self.best = 0, -math.inf
-        if resume is not None:
-            self.load(resume)
-        if world.sum(torch.tensor(self.start, device=world.device)).item() != self.start * world.size:
-            raise ValueError(
-                f"processes would start at different epochs, this one at {self.start}: share out={config.out!r}"
-            )
-        self.announce(len(train), len(val))
+        self.progress, self.best, self.failures = engine.Progress(0), -math.inf, 0
+        self.history: list[dict[str, float]] = []
+        self.drawn: dict[str, Any] | None = None  # random numbers at the epoch's start
+        self.drawn_now: dict[str, Any] | None = None  # and where a resumed epoch goes on
+        self.facts = resume.facts(world.size, world.device.type, len(train))
+        self.saved = found
+        self.watch: Watch | None = None  # of rank 0
+        if found is not None:
+            self.load(found)
+        self.announce(train, val)
 
-    def announce(self, train_images: int, val_images: int) -> None:
+    def announce(self, train: data.Split, val: data.Split) -> None:
         """What the arithmetic came to, before the first image."""
-        optim_, t = self.config.optim, self.training
-        parameters = sum(p.numel() for p in t.model.parameters())
-        _logger.info(
-            "%s: %.1fM parameters, %d classes; %d training and %d validation images",
-            *(self.config.model.name, parameters / 1e6, self.config.model.num_classes, train_images, val_images),
-        )
-        _logger.info(
-            "global batch %d = %d per device x %d %s x %d accumulation; %d updates per epoch, %d in all; %s",
-            *(optim_.global_batch, optim_.batch_per_device, self.world.size, self.world.device.type, t.accumulation),
-            *(self.updates, len(t.learning_rates), self.config.run.precision),
-        )
+        config, t = self.config, self.training
+        size = config.data.img_size if isinstance(config.data.img_size, tuple) else (config.data.img_size,) * 2
+        parameters = sum(p.numel() for p in t.model.parameters()) / 1e6
+        batch = (config.optim.global_batch, config.optim.batch_per_device, self.world.size, self.world.device.type)
+        for line in (
+            f"{config.model.name}: {parameters:.1f}M parameters, {config.model.num_classes} classes; {len(train)} "
+            f"training and {len(val)} validation images; {preflight.class_counts(train.dataset)}",
+            "global batch {} = {} per device x {} {} x {} accumulation; ".format(*batch, t.accumulation)
+            + f"{self.updates} updates per epoch, {len(t.learning_rates)} in all; {config.run.precision}",
+            f"learning rate: peak {config.optim.lr:.4g} after {config.optim.warmup_epochs * self.updates} updates of "
+            f"warm-up, {t.learning_rates[-1]:.4g} at the end",
+            *preflight.kernels(t.model, size),
+            f"memory: {preflight.rehearse(t, (3, *size))}",
+            f"disk: {preflight.disk(self.folder.path, preflight.checkpoint_bytes(t), config.save.keep)}",
+        ):
+            _logger.info("%s", line)
 
     def load(self, path: Path) -> None:
-        """Go on from the epoch after the one in the checkpoint."""
+        """Take everything up where the checkpoint left it."""
         state, t = checkpoint.load(path), self.training
-        refuse_changes(state, to_dict(self.config), path)
+        resume.refuse_changes(state, self.config, self.facts, path)
         if state.get("class_to_idx") != self.class_to_idx:
             raise ValueError(f"resume={str(path)!r} was written with other classes; start anew with model.checkpoint")
         checkpoint.load_weights(t.model, checkpoint.weights(state, False, path), path)
         if t.ema is not None:
-            checkpoint.load_weights(t.ema.module, checkpoint.weights(state, True, path), path)
-        t.optimizer.load_state_dict(state["optimizer"])
-        t.scaler.load_state_dict(state["amp_scaler"])
-        self.start, self.best = state["epoch"] + 1, state["best"]
-        _logger.info("resumed from %s after epoch %d", path, state["epoch"])
+            averaged = bool(state.get("state_dict_ema"))  # not where ema.decay was changed from 0
+            checkpoint.load_weights(t.ema.module, checkpoint.weights(state, averaged, path), path)
+        optim.load_state(t.optimizer, state["optimizer"])
+        if state["amp_scaler"]:
+            t.scaler.load_state_dict(state["amp_scaler"])
+        self.progress, self.best, self.history = engine.Progress(**state["progress"]), state["best"], state["history"]
+        if self.world.size == len(state["ranks"]):
+            own = state["ranks"][self.world.rank]
+            self.drawn, self.drawn_now = own["epoch"], own["now"]
+        _logger.info("going on from %s, after %s", path, self.place())
+
+    def place(self) -> str:
+        return f"{self.progress.epoch} epochs and {self.progress.update} updates"
+
+    def begin(self) -> None:
+        """Make the output folder say what this run is and where it stands; nothing in it is lost."""
+        self.folder.clear()
+        if self.saved is not None and self.saved in self.folder.files():
+            for aside in self.folder.set_aside(after=self.saved):
+                _logger.warning("set aside as %s: it is later than %s", aside, self.saved)
+            self.folder.point("last.pth", self.saved)
+            if self.progress.update == 0 and score(self.history[-1]) >= self.best:
+                self.folder.point("best.pth", self.saved)  # a kill may have come between checkpoint and link
+        self.watch = Watch(self.config, self.history)
+        (self.folder.path / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+
+    def end(self) -> None:
+        if self.watch:
+            self.watch.close()
+
+    def reported(self, error: NonFiniteError) -> Exception:
+        """Write down what a replay of the update needs, the images by path; the error, with the place of the file."""
+        path = self.folder.path / "nonfinite.json"
+        if self.world.is_first:
+            for rank in error.report["ranks"]:
+                rank["images"] = [self.images.name(place) for place in rank["places"]]
+            path.write_text(json.dumps(error.report, indent=1) + "\n")
+        return FloatingPointError(f"{error}; its images are listed in {path}")
 
     def train(self) -> None:
-        if self.start >= self.config.epochs:
-            _logger.info("nothing to do: %s has finished %d epochs", self.out, self.start)
+        """Epoch after epoch, each ending with an evaluation and a checkpoint."""
+        if self.progress.epoch >= self.config.epochs:
+            _logger.info("nothing to do: %s has finished %d epochs", self.folder.path, self.progress.epoch)
             return
-        if self.world.is_first:
-            (self.out / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
-            keep_metrics(self.out / "metrics.jsonl", self.start)
-        for epoch in range(self.start, self.config.epochs):
-            seed(self.config.seed, self.world.rank, epoch)  # so that a resumed epoch draws what it would have drawn
-            trained = engine.train_epoch(self.training, self.train_loader.epoch(epoch), epoch, self.updates)
-            metrics = self.evaluate(epoch, trained)
-            if self.world.is_first:
-                self.save(epoch, metrics)
-        _logger.info("best top-1 %.2f%%; config.yaml, metrics.jsonl and checkpoints are in %s", self.best, self.out)
+        self.began = time.perf_counter(), self.updates_done()
+        with self.training.stop:
+            while self.progress.epoch < self.config.epochs:
+                rates = self.train_epoch()
+                metrics = self.evaluate(rates)
+                self.finish_epoch(metrics)
+        _logger.info(
+            "best top-1 %.2f%%; config.yaml, metrics.jsonl and checkpoints are in %s", self.best, self.folder.path
+        )
 
-    def evaluate(self, epoch: int, trained: dict[str, float]) -> dict[str, float]:
+    def updates_done(self) -> int:
+        return self.progress.epoch * self.updates + self.progress.update
+
+    def train_epoch(self) -> dict[str, float]:
+        """The rest of the epoch's updates; returns the last learning rate, and their rates."""
+        t, p, every = self.training, self.progress, self.config.save.every
+        batches, began, first = self.batches(), time.perf_counter(), p.update
+        t.model.train()
+        bar = tqdm(
+            total=self.updates,
+            desc=f"epoch {p.epoch}",
+            initial=first,
+            unit="update",
+            leave=False,
+            disable=not engine.watched(self.world),
+        )
+        while p.update < self.updates:
+            for batch in engine.train_update(t, batches, p, float(t.learning_rates[self.updates_done()])):
+                self.images.tell(batch)
+            engine.check_readable(p.faults[UNREADABLE], len(self.images), "training", self.config)
+            bar.update()
+            logged = p.update % self.config.run.log_every == 0 or p.update == self.updates
+            if logged:
+                self.log(bar, p.update - first, time.perf_counter() - began)
+            if t.stop.agreed:
+                bar.close()
+                self.leave()
+            if p.update < self.updates and ((every and p.update % every == 0) or (logged and self.failures)):
+                self.save()
+        bar.close()
+        seconds = time.perf_counter() - began
+        rate = (p.update - first) * self.config.optim.global_batch / seconds
+        return {"images_per_s": rate, "data_wait": p.wait_s / seconds, "memory_gib": memory_gib(self.world.device)}
+
+    def batches(self) -> Iterator[Batch]:
+        """What is left of the epoch, with the random numbers that it would have drawn without an interruption."""
+        p, device = self.progress, self.world.device
+        if self.drawn is None:
+            rng.seed(self.config.seed, self.world.rank, p.epoch)
+            self.drawn = rng.state(device)
+        rng.restore(self.drawn, device)
+        batches = self.train_loader.epoch(p.epoch, skip=p.update * self.training.accumulation)
+        if self.drawn_now is not None:
+            rng.restore(self.drawn_now, device)
+        p.wait_s = 0.0
+        return batches
+
+    def log(self, bar: "tqdm[Any]", updates: int, seconds: float) -> None:
+        """Where the run is, how fast, and when it will be done; evaluations so far are part of the pace."""
+        p, (began, first), done = self.progress, self.began, self.updates_done()
+        pace = (time.perf_counter() - began) / (done - first)
+        left = timedelta(seconds=round(pace * (len(self.training.learning_rates) - done)))
+        lr, rate = self.training.learning_rates[done - 1], updates * self.config.optim.global_batch / seconds
+        if engine.watched(self.world):
+            bar.set_postfix(loss=f"{p.loss:.4f}", lr=f"{lr:.2e}", images_per_s=f"{rate:.0f}", left=left)
+            return
+        _logger.info(
+            "epoch %d update %d/%d loss %.6f lr %.3e norm %.3g %.0f images/s, %.0f%% data wait, %.2f GiB, left %s",
+            *(p.epoch, p.update, self.updates, p.loss, lr, p.grad_norm, rate, 100 * p.wait_s / seconds),
+            *(memory_gib(self.world.device), left),
+        )
+
+    def evaluate(self, rates: dict[str, float]) -> dict[str, float]:
         """The epoch's line of metrics.jsonl, the same on every process."""
-        t = self.training
-        val = engine.evaluate(t.model, self.val_loader, self.config, self.world)
-        if not math.isfinite(val["loss"]):
-            raise FloatingPointError(f"epoch {epoch}: the validation loss is {val['loss']}; nothing was saved")
-        metrics = {"epoch": epoch, "train_loss": trained["train_loss"]}
-        metrics |= {f"val_{key}": val[key] for key in ("top1", "top5", "loss")}
-        if t.ema is not None:
-            ema = engine.evaluate(t.ema.module, self.val_loader, self.config, self.world)
-            metrics |= {f"ema_{key}": ema[key] for key in ("top1", "top5", "loss")}
-        return metrics | {"lr": trained["lr"], "images_per_s": trained["images_per_s"]}
+        t, p = self.training, self.progress
+        counted = max(1, self.updates - p.skipped)
+        metrics = {"epoch": p.epoch, "train_loss": p.loss_sum / counted}
+        unreadable = p.faults[UNREADABLE]
+        for kind, model in [("val", t.model), ("ema", t.ema and t.ema.module)]:
+            if model is None:
+                continue
+            result = engine.evaluate(model, self.val_loader, self.config, self.world, t.stop)
+            if result is None:
+                self.leave()  # and never comes back
+            if kind == "val" and not math.isfinite(result["loss"]):
+                raise FloatingPointError(
+                    f"epoch {p.epoch}: the validation loss is {result['loss']}; nothing was saved"
+                )
+            metrics |= {f"{kind}_{key}": result[key] for key in ("top1", "top5", "loss")}
+        unreadable += int(result["unreadable"])
+        lr = float(t.learning_rates[self.updates_done() - 1])
+        metrics |= {"lr": lr, "grad_norm": p.norm_sum / counted, "skipped": p.skipped, "unreadable": unreadable}
+        return metrics | rates
 
-    def save(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Write best.pth where the model or its EMA has a new best top-1, the line of metrics, and last.pth.
+    def finish_epoch(self, metrics: dict[str, float]) -> None:
+        """A checkpoint at the start of the next epoch, named best.pth too if it is; then the line of metrics.
 
-        In this order, so that a run which is killed in between repeats the epoch and loses neither.
+        In this order, so that a run which is killed in between loses neither: metrics.jsonl is written from the
+        checkpoint's history when it goes on.
         """
-        t = self.training
-        score = max(metrics["val_top1"], metrics.get("ema_top1", -math.inf))
-        is_best, self.best = score > self.best, max(score, self.best)
+        self.history.append(metrics)
+        self.progress = engine.Progress(self.progress.epoch + 1)
+        self.drawn = self.drawn_now = None
+        best = score(metrics) > self.best
+        before, self.best = self.best, max(self.best, score(metrics))
+        while not self.save(best) and self.progress.epoch == self.config.epochs:
+            time.sleep(RETRY_S)  # no later update will try again
+        if self.failures:
+            self.best = before  # of what was saved
+        if self.watch:
+            self.watch.epoch(metrics)
+        shown = " ".join(f"{key} {metrics[key]:.4g}" for key in metrics if key != "epoch")
+        _logger.info("epoch %d: %s%s", metrics["epoch"], shown, " (best)" if best else "")
+
+    def save(self, best: bool = False) -> bool:
+        """Write a checkpoint of this place. A failure is told, and tried again at the next line of the log.
+
+        Raises:
+            OSError: it was the last of save.max_failures in a row.
+        """
+        p = self.progress
+        own = {"epoch": self.drawn, "now": rng.state(self.world.device)}
+        ranks = self.world.gather(own)
+        path = self.folder.place(p.epoch, p.update)
+        try:
+            self.world.on_first(lambda: self.folder.add(path, self.state(ranks), self.config.save.keep, best))
+        except OSError as error:
+            self.failures += 1
+            if self.failures >= self.config.save.max_failures:
+                raise OSError(f"{error}; given up after {self.failures} failures in a row, {self.last()}") from error
+            _logger.warning("%s; %s, and the run goes on", error, self.last())
+            return False
+        self.failures, self.saved = 0, path
+        return True
+
+    def last(self) -> str:
+        return f"the last good checkpoint is {self.saved}"
+
+    def state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+        """All that a run needs to go on, under timm's names where it has one."""
+        t, p = self.training, self.progress
         state = {
             "state_dict": t.model.state_dict(),
             "optimizer": t.optimizer.state_dict(),
             "amp_scaler": t.scaler.state_dict(),
-            "epoch": epoch,
+            "epoch": p.epoch - 1,  # the last that is finished
             "arch": self.config.model.name,
             "args": to_dict(self.config),
             "version": checkpoint.VERSION,
-            "metric": score,
+            "metric": score(self.history[-1]) if self.history else None,
             "best": self.best,
-            "metrics": metrics,
+            "history": self.history,
+            "progress": dataclasses.asdict(p),
+            "ranks": ranks,
+            "facts": self.facts,
             "class_to_idx": self.class_to_idx,
         }
-        if t.ema is not None:
-            state["state_dict_ema"] = t.ema.module.state_dict()
-        if is_best:
-            checkpoint.save(self.out / "best.pth", state)
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        checkpoint.save(self.out / "last.pth", state)
-        shown = " ".join(f"{key} {metrics[key]:.4g}" for key in metrics if key != "epoch")
-        _logger.info("epoch %d: %s%s", epoch, shown, " (best)" if is_best else "")
+        return state if t.ema is None else state | {"state_dict_ema": t.ema.module.state_dict()}
+
+    def leave(self) -> NoReturn:
+        """End on a signal: with a checkpoint of this place, and the exit code that a shell gives the signal."""
+        stop = self.training.stop
+        self.save()
+        _logger.info("%s: stopped after %s; resume=auto goes on from %s", stop.name, self.place(), self.saved)
+        distributed.stop()
+        sys.exit(stop.exit_code)
 
 
-def find_resume(config: Config) -> Path | None:
-    """The checkpoint to go on from; a folder that holds a run is only ever continued, never overwritten."""
-    out, given = Path(config.out), Path(config.resume)
-    last = out / "last.pth"
-    held = [name for name in ("last.pth", "best.pth", "metrics.jsonl", "config.yaml") if (out / name).exists()]
-    if config.resume == "auto":
-        if "best.pth" in held and "last.pth" not in held:
-            raise ValueError(f"out={config.out!r} has best.pth but no last.pth; use resume={out / 'best.pth'}")
-        return last if last.exists() else None
-    if held and (not config.resume or out.resolve() not in given.resolve().parents):
-        raise ValueError(f"out={config.out!r} already holds a run; resume=auto continues it, another out starts anew")
-    return given if config.resume else None
+RETRY_S = 2.0
+
+
+def score(metrics: dict[str, float]) -> float:
+    """Top-1 of the model or of its average, whichever is better."""
+    return max(metrics["val_top1"], metrics.get("ema_top1", -math.inf))
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most that this process has held: on its GPU, else resident on the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 @contextlib.contextmanager
@@ -236,44 +431,6 @@ def claim(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
-
-
-def refuse_changes(state: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """A run goes on as it began: its optimiser state belongs to its model, batch, learning rate and precision."""
-    if missing := {"args", "optimizer", "amp_scaler", "epoch", "best"} - set(state):
-        raise ValueError(
-            f"resume={str(path)!r} lacks {', '.join(sorted(missing))}; start from it with model.checkpoint"
-        )
-    then = state["args"]
-    for section, keys in {"model": None, "optim": None, "ema": None, "run": ["precision"]}.items():
-        for key in keys or now[section]:
-            if then[section].get(key) != now[section][key]:
-                raise ValueError(
-                    f"resume={str(path)!r} was written with {section}.{key}={then[section].get(key)}, now it is "
-                    f"{now[section][key]}; go on with the former, or start anew with model.checkpoint"
-                )
-
-
-def seed(number: int, rank: int, epoch: int | None = None) -> None:
-    """Seed Python, numpy and torch: by seed + rank for the weights, as ConvNeXt; each epoch has its own stream."""
-    drawn = number + rank
-    if epoch is not None:
-        drawn = int(np.random.SeedSequence([number, rank, epoch]).generate_state(1)[0])
-    random.seed(drawn)
-    np.random.seed(drawn)
-    torch.manual_seed(drawn)
-
-
-def keep_metrics(path: Path, epochs: int) -> None:
-    """Drop the lines of epochs that will be run again, and one that a kill cut short."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["epoch"] < epochs:
-                kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
 
 
 if __name__ == "__main__":

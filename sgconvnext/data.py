@@ -1,5 +1,6 @@
 """Datasets by name, ConvNeXt's transforms, and loaders that give every process its share."""
 
+import itertools
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,15 +9,15 @@ from typing import Any
 
 from PIL import Image
 from timm.data import Mixup, create_dataset, create_transform
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import FakeData
-from torchvision.transforms import Compose
-from torchvision.transforms.v2 import RGB
 
 from .config import Augment, Config
 from .config import Data as DataConfig
 from .distributed import World
+from .images import Batch, Images, collate, collate_readable
+from .shards import Shards
+from .signals import leave_process_group
 
 # timm's and torchvision's own names of a split; with any other name torchvision would quietly take the test images
 TRAIN_NAMES = ("train", "training")
@@ -38,30 +39,24 @@ class Digits(Dataset[tuple[Any, int]]):
         self.images = [Image.fromarray((digits.images[i] * (255 / 16)).astype("uint8")) for i in chosen]
         self.targets = [int(digits.target[i]) for i in chosen]
         self.class_to_idx = {str(digit): digit for digit in range(10)}
-        self.transform: Any = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(self.images[index]), self.targets[index]
+        return self.images[index], self.targets[index]
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One split of the data: the dataset, and its classes by name where it knows them."""
+    """One split of the data: its images over all processes, and its classes by name where it knows them."""
 
-    dataset: Any
+    dataset: Images | Shards
     class_to_idx: dict[str, int] | None
+    num_classes: int | None = None  # where the dataset says it without naming them
 
     def __len__(self) -> int:
-        return num_samples(self.dataset)
-
-
-def num_samples(dataset: Any) -> int:
-    """Images in a split over all processes; of shards timm's own length is this process's, rounded to batches."""
-    sharded = isinstance(dataset, IterableDataset)
-    return int((dataset.reader.num_samples or 0) if sharded else len(dataset))
+        return len(self.dataset)
 
 
 def create_split(config: Config, train: bool) -> Split:
@@ -70,22 +65,24 @@ def create_split(config: Config, train: bool) -> Split:
     Raises:
         ValueError: the folder, split or package is missing, or holds no image; never another folder instead.
     """
-    dataset = _open(config, train)
+    source = _open(config, train)
     transform = train_transform(config.data, config.augment) if train else eval_transform(config.data)
-    # timm's readers convert to RGB themselves; torchvision's datasets and digits may be grey
-    dataset.transform = transform if hasattr(dataset, "reader") else Compose([RGB(), transform])
-    if num_samples(dataset) == 0:
-        knob = "train_samples" if train else "val_samples"
-        raise ValueError(f"data.dataset={config.data.dataset!r} does not say how many images it has; set data.{knob}")
-    source = getattr(dataset, "reader", dataset)
-    classes = getattr(source, "class_to_idx", None) or getattr(source, "class_name_to_idx", None)  # folder or tar
+    reader = getattr(source, "reader", source)
+    classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # folder or tar
     for name in classes or ():
         if not name or name.startswith("."):
             where = f"data.root={config.data.root!r}, {config.data.train_split if train else config.data.val_split}"
             raise ValueError(
                 f"{where}: images lie in {name or 'the split itself'!r}; put each into its class's folder"
             )
-    return Split(dataset, classes or None)
+    dataset: Images | Shards
+    if config.data.dataset.startswith("wds/"):
+        samples = config.data.train_samples if train else config.data.val_samples
+        options = {"training": train, "seed": config.seed, "samples": samples, "upright": config.data.upright}
+        dataset = Shards(reader, transform, **options)  # type: ignore[arg-type]
+    else:
+        dataset = Images(source, transform, config.seed, config.data.upright)
+    return Split(dataset, classes or None, getattr(source, "num_classes", None))
 
 
 def _open(config: Config, train: bool) -> Any:
@@ -121,7 +118,7 @@ def _open(config: Config, train: bool) -> Any:
             root=root or None,
             split=split,
             search_split=False,
-            is_training=train,
+            is_training=train and prefix != "wds",  # only its shards and labels are timm's, see Shards
             download=data.download,
             batch_size=config.optim.batch_per_device,
             num_samples=samples,
@@ -163,9 +160,7 @@ def num_classes(train: Split, val: Split, wanted: int | None) -> int:
             f"only in one of them: {shown or 'none, but their order differs'}"
         )
     # by index: torchvision's ImageNet has several names for one class
-    found = (
-        len(set(train.class_to_idx.values())) if train.class_to_idx else getattr(train.dataset, "num_classes", wanted)
-    )
+    found = len(set(train.class_to_idx.values())) if train.class_to_idx else train.num_classes or wanted
     if found is None:
         raise ValueError("this dataset does not say how many classes it has; set model.num_classes")
     if wanted is not None and wanted != found:
@@ -225,63 +220,68 @@ def create_mixup(augment: Augment, classes: int) -> Mixup | None:
     )
 
 
+class _Order(DistributedSampler[Any]):
+    """torch's order of an epoch, the images that do not fill all processes left out, from the ``start``-th on."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.islice(super().__iter__(), self.start, None)
+
+
 class TrainLoader:
     """Shuffled batches of one epoch for this process; the images that do not fill a global batch are left out."""
 
     def __init__(self, split: Split, config: Config, world: World) -> None:
-        self.dataset = split.dataset
-        self.sampler: DistributedSampler[Any] | None = None
-        if isinstance(self.dataset, IterableDataset):
-            _check_shards(self.dataset, config, world)
-            self.dataset.set_loader_cfg(num_workers=config.data.workers)  # type: ignore[attr-defined]
-        else:
-            self.sampler = DistributedSampler(
-                self.dataset, num_replicas=world.size, rank=world.rank, seed=config.seed, drop_last=True
-            )
+        self.dataset, self.world, self.batch = split.dataset, world, config.optim.batch_per_device
+        self.order: _Order | None = None
+        if isinstance(self.dataset, Images):
+            self.order = _Order(self.dataset, world.size, world.rank, seed=config.seed, drop_last=True)
         self.loader = DataLoader(
             self.dataset,
-            batch_size=config.optim.batch_per_device,
-            sampler=self.sampler,
+            batch_size=self.batch,
+            sampler=self.order,
             drop_last=True,
+            collate_fn=collate,
             **_loader_options(config, world),
         )
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, shuffled by seed and number, whatever the processes did before."""
-        if self.sampler is not None:
-            self.sampler.set_epoch(number)
+    def epoch(self, number: int, skip: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch but for the first ``skip``, which are not loaded.
+
+        They depend on the seed, the number, and for shards on the workers; not on what was drawn or loaded before.
+        """
+        if isinstance(self.dataset, Images):
+            assert self.order is not None
+            self.dataset.epoch = number
+            self.order.set_epoch(number)
+            self.order.start = skip * self.batch
         else:
-            self.dataset.set_epoch(number)
+            self.dataset.plan(number, self.world.rank, self.world.size, self.batch, skip)
         return iter(self.loader)
 
 
 def create_eval_loader(split: Split, config: Config, world: World) -> DataLoader[Any]:
     """Each image exactly once over all processes, whatever their number: a stride of the indices, never padded."""
-    sampler, options = None, _loader_options(config, world)
-    if isinstance(split.dataset, IterableDataset):
-        _check_shards(split.dataset, config, world)
-        options["num_workers"] = min(1, config.data.workers)  # several would cut their shards to equal lengths
-        split.dataset.set_loader_cfg(num_workers=options["num_workers"])  # type: ignore[attr-defined]
-    else:
+    sampler = None
+    if isinstance(split.dataset, Images):
         sampler = range(world.rank, len(split), world.size)
-    return DataLoader(split.dataset, batch_size=config.optim.batch_per_device, sampler=sampler, **options)
-
-
-def _check_shards(dataset: Any, config: Config, world: World) -> None:
-    """timm shares out whole shards: over several processes it repeats and drops images, and no worker may be idle."""
-    if world.size > 1:
-        raise ValueError(
-            f"data.dataset={config.data.dataset!r} reads shards in one process so far, not in {world.size}"
-        )
-    shards = len(dataset.reader.split_info.filenames)
-    if shards < config.data.workers:
-        raise ValueError(f"data.workers={config.data.workers} is more than the {shards} shards; lower it")
+    else:
+        split.dataset.plan(0, world.rank, world.size, config.optim.batch_per_device)
+    return DataLoader(
+        split.dataset,
+        batch_size=config.optim.batch_per_device,
+        sampler=sampler,
+        collate_fn=collate_readable,
+        **_loader_options(config, world),
+    )
 
 
 def _loader_options(config: Config, world: World) -> dict[str, Any]:
     return {
         "num_workers": config.data.workers,
         "pin_memory": config.data.pin_memory and world.device.type == "cuda",
+        "worker_init_fn": leave_process_group,
     }
 
 

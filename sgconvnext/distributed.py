@@ -2,8 +2,9 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,14 +25,36 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over all processes, in place and the same on each."""
+        """Element-wise sum over all processes, in place and the same on each; a CPU tensor never waits for a GPU."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank, on each of them."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Rank 0 acts; every process gets its result, or raises its ValueError or OSError."""
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = action()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
 
 def start(device: str) -> World:
-    """Join the process group that torchrun's environment describes: nccl for CUDA, gloo for the CPU.
+    """Join the process group that torchrun's environment describes: nccl for CUDA tensors, gloo for the CPU's.
 
     Args:
         device: "auto" (CUDA if there), "cuda" or "cpu".
@@ -54,7 +77,7 @@ def start(device: str) -> World:
     where = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if "RANK" not in os.environ:
         return World(rank=0, size=1, device=where)
-    dist.init_process_group("nccl" if on_cuda else "gloo", device_id=where if on_cuda else None)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=where if on_cuda else None)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=where)
 
 
@@ -64,9 +87,9 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def fail(program: str, error: ValueError) -> NoReturn:
-    """End this process with exit code 2 and one line, once per machine, whose other processes fail alike."""
+def fail(program: str, error: Exception, code: int = 2, alone: bool = False) -> NoReturn:
+    """End this process with one line; once per machine where the others fail alike, always where it fails alone."""
     stop()
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"{program}: error: {error}\n")
-    sys.exit(2)
+    sys.exit(code)

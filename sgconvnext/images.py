@@ -1,5 +1,6 @@
 """Image files as they come: odd ones decoded, broken ones counted and replaced, each reported by its place."""
 
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,10 +13,16 @@ from torch.utils.data import Dataset, default_collate
 
 from . import rng
 
+_logger = logging.getLogger(__name__)
+
 UNREADABLE = 1
 # what Sample.fault and Batch.faults count; all but the unreadable ones are decoded
 FAULTS = ("", "unreadable", "CMYK", "palette", "16-bit", "EXIF-rotated", "very large")
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+
+
+class UnreadableError(ValueError):
+    """More images are broken than may be."""
 
 
 class Sample(NamedTuple):
@@ -23,20 +30,39 @@ class Sample(NamedTuple):
 
     image: Tensor | None
     target: int
-    index: int  # in the dataset; in shards, the place in the epoch's order
+    place: int  # the index in the dataset; in shards, the place in the epoch's order
     fault: int  # of FAULTS
 
 
 class Batch(NamedTuple):
-    """Images (B, 3, H, W) and their classes (B,); indices and faults (N,) of all samples, the unreadable included."""
+    """Images (B, 3, H, W) and their classes (B,); places and faults (N,) of all samples, the unreadable included."""
 
     images: Tensor
     targets: Tensor
-    indices: Tensor
+    places: Tensor
     faults: Tensor
 
 
-class Images(Dataset[Sample]):
+class TellsFaults:
+    """Logs every odd image once, by its place."""
+
+    told: frozenset[str] = frozenset()
+
+    def name(self, place: int) -> str:
+        """What a person finds the image by: its path, or its number."""
+        raise NotImplementedError
+
+    def tell(self, batch: Batch) -> None:
+        """Log the odd images of a batch that were not told before."""
+        odd = batch.faults.nonzero().flatten()
+        for place, fault in zip(batch.places[odd].tolist(), batch.faults[odd].tolist(), strict=True):
+            name = self.name(place)
+            if name not in self.told:
+                self.told |= {name}
+                _logger.warning("%s image%s: %s", FAULTS[fault], ", left out" if fault == UNREADABLE else "", name)
+
+
+class Images(TellsFaults, Dataset[Sample]):
     """Any dataset of images, with a stream of random numbers for every (seed, epoch, index), and faults told.
 
     Args:
@@ -54,24 +80,33 @@ class Images(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
-        reader = getattr(self.source, "reader", None)
         target = -1
         with rng.stream(self.seed, self.epoch, index):
             try:
-                if reader is None:
-                    found, target = self.source[index]
-                else:
-                    file, target = reader[index]
-                    found = Image.open(file)
+                found, target = self._open(index)
                 image, fault = decode(found, self.upright)
             except Exception:  # Pillow raises a dozen types for damaged files
                 return Sample(None, target, index, UNREADABLE)
             return Sample(self.transform(image), int(target), index, fault)
 
+    def _open(self, index: int) -> tuple[Image.Image, int]:
+        if not hasattr(self.source, "reader"):
+            image, target = self.source[index]
+            return image, target
+        file, target, *_ = self.source.reader[index]
+        return Image.open(file), target
+
     def name(self, index: int) -> str:
-        """The path of an image, where the dataset knows one, else its number."""
-        reader = getattr(self.source, "reader", None)
-        return str(reader.filename(index, absolute=True)) if hasattr(reader, "filename") else f"image {index}"
+        """The path of an image, where the dataset knows one, else its number; and why it cannot be read, if so."""
+        if hasattr(self.source, "reader"):
+            name = str(self.source.reader.filename(index, absolute=True))
+        else:
+            name = str(self.source.samples[index][0]) if hasattr(self.source, "samples") else f"image {index}"
+        try:
+            decode(self._open(index)[0])
+        except Exception as error:
+            return f"{name} ({' '.join(str(error).split()) or type(error).__name__})"
+        return name
 
 
 def decode(image: Image.Image, upright: bool = False) -> tuple[Image.Image, int]:
@@ -99,7 +134,9 @@ def collate(samples: list[Sample]) -> Batch:
     """A training batch; for an image that could not be read another of the batch stands in, and its class with it."""
     good = [sample for sample in samples if sample.image is not None]
     if not good:
-        raise ValueError(f"none of the {len(samples)} images of a batch could be read, the first is {samples[0].index}")
+        raise UnreadableError(
+            f"not one of the {len(samples)} images of a batch can be read, from number {samples[0].place} on"
+        )
     shown = [sample if sample.image is not None else good[i % len(good)] for i, sample in enumerate(samples)]
     return _batch(shown, samples)
 
@@ -118,7 +155,7 @@ def _batch(shown: list[Sample], samples: list[Sample]) -> Batch:
 
 
 def _places(samples: list[Sample]) -> tuple[Tensor, Tensor]:
-    return torch.tensor([s.index for s in samples]), torch.tensor([s.fault for s in samples])
+    return torch.tensor([s.place for s in samples]), torch.tensor([s.fault for s in samples])
 
 
 # Pillow refuses more than twice MAX_IMAGE_PIXELS as a decompression bomb, and only warns of more than once; those are

@@ -230,6 +230,20 @@ class SGConvNeXt(nn.Module):
                 block.sgconv.set_input_size(grid)
 
     @torch.jit.ignore
+    def kernel_table(self, img_size: int | tuple[int, int]) -> list[str]:
+        """Per stage, in words: the tokens of an image of that size, and what its kernels were built with."""
+        rows, stage = [], None  # type: list[str], Any
+        for stage, (height, width) in zip(self.stages, _stage_grids(img_size), strict=False):
+            layer = stage.blocks[0].sgconv
+            built = "x".join(map(str, layer.input_size))
+            directions, scales, _, taps = layer.weight.shape
+            rows.append(
+                f"{height * width} tokens ({height}x{width}); kernels for {built} in {directions} directions, "
+                f"{scales} scales of {taps} taps"
+            )
+        return rows
+
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
         return self.head.fc

@@ -50,6 +50,23 @@ def create_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
     )
 
 
+def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Take up AdamW's averages, but keep this run's weight decay, betas and layer decay, should they be changed ones.
+
+    Raises:
+        ValueError: the parameters are grouped in another way.
+    """
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(
+            f"the checkpoint's optimiser has other parameter groups ({error}); keep optim.layer_decay"
+        ) from error
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
+
+
 def param_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Groups by (layer, decayed or not), in the order in which the model names them.
 

@@ -35,7 +35,8 @@ def stream(*key: int) -> Iterator[None]:
 def state(device: torch.device) -> dict[str, Any]:
     """Every generator's state as tensors and plain numbers, which torch.load(weights_only=True) accepts."""
     version, words, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state(legacy=True)
+    drawn: Any = np.random.get_state(legacy=True)
+    name, keys, *rest = drawn
     return {
         "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
         "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), *(float(item) for item in rest)],

@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 from torchvision import transforms as tv
 from training_helpers import CONFIGS, alone, micro_config, write_images
 
-from sgconvnext import data
+from sgconvnext import data, rng
 from sgconvnext.config import Config, load_config
 from sgconvnext.data import Split
+from sgconvnext.images import Images
 
 PLAIN = {"data.mean": [0.0, 0.0, 0.0], "data.std": [1.0, 1.0, 1.0], "model.num_classes": None}
 
@@ -43,6 +44,14 @@ def folders(tmp_path: Path) -> Path:
     return write_images(tmp_path / "set", {"train": {"cat": 3, "dog": 2}, "val": {"cat": 1, "dog": 2}})
 
 
+def samples(split: Split) -> list[Any]:
+    return [split.dataset[i] for i in range(len(split))]
+
+
+def greys(split: Split) -> list[tuple[float, int]]:
+    return [(float(sample.image.mean()), sample.target) for sample in samples(split)]
+
+
 # ---- folders and tar files
 
 
@@ -61,8 +70,8 @@ def test_folder_of_class_folders_is_opened(dataset: str, folders: Path) -> None:
     assert (len(train), len(val)) == (5, 3)
     assert train.class_to_idx == val.class_to_idx == {"cat": 0, "dog": 1}
     assert data.num_classes(train, val, None) == 2
-    assert sorted(train.dataset[i][1] for i in range(5)) == [0, 0, 0, 1, 1]
-    image, target = val.dataset[2]
+    assert sorted(train.dataset[i].target for i in range(5)) == [0, 0, 0, 1, 1]
+    image, target, *_ = val.dataset[2]
     assert torch.equal(image, torch.full((3, 32, 32), 49 / 255))  # the eighth image that was written
     assert target == 1
 
@@ -70,9 +79,7 @@ def test_folder_of_class_folders_is_opened(dataset: str, folders: Path) -> None:
 def test_tar_file_is_a_split(folders: Path) -> None:
     for got, want in zip(both_splits(packed(folders)), both_splits(folder_config(folders)), strict=True):
         assert len(got) == len(want)
-        assert sorted((float(i.mean()), t) for i, t in got.dataset) == sorted(
-            (float(i.mean()), t) for i, t in want.dataset
-        )
+        assert sorted(greys(got)) == sorted(greys(want))
 
 
 def test_tar_files_tell_their_classes(folders: Path, tmp_path: Path) -> None:
@@ -160,7 +167,8 @@ def test_number_of_classes_unlike_the_data_is_refused(wanted: int, folders: Path
 
 
 def test_dataset_that_cannot_tell_its_classes_needs_them_from_the_user() -> None:
-    unknown = Split([1, 2, 3], None)
+    unknown = data.create_split(micro_config(), train=True)
+    unknown = Split(unknown.dataset, None)
     with refused("set model.num_classes"):
         data.num_classes(unknown, unknown, None)
     assert data.num_classes(unknown, unknown, 7) == 7
@@ -199,9 +207,9 @@ def test_torchvision_set_is_opened_and_its_grey_images_become_rgb(names: tuple[s
     assert data.num_classes(train, val, None) == 10
     for split in (train, val):
         for i in range(len(split)):
-            image, target = split.dataset[i]
-            assert torch.equal(image, torch.full((3, 32, 32), 10 * (i + 1) / 255))
-            assert target == i
+            sample = split.dataset[i]
+            assert torch.equal(sample.image, torch.full((3, 32, 32), 10 * (i + 1) / 255))
+            assert sample.target == i
 
 
 @pytest.mark.parametrize(("knob", "name"), [("train_split", "trian"), ("val_split", "tset"), ("train_split", "test")])
@@ -230,9 +238,9 @@ def test_digits_hold_out_a_fifth_of_each_class() -> None:
     assert (len(train), len(val)) == (1437, 360)
     assert data.num_classes(train, val, None) == 10
     per_class = Counter(load_digits().target.tolist())
-    for digit, count in Counter(val.dataset.targets).items():
+    for digit, count in Counter(val.dataset.source.targets).items():
         assert abs(count - per_class[digit] / 5) < 1
-    image, target = train.dataset[0]
+    image, target, *_ = train.dataset[0]
     assert image.shape == (3, 32, 32)
     assert float(image.max()) > 0.5
     assert target in range(10)
@@ -245,7 +253,9 @@ def test_digits_of_the_two_splits_are_disjoint_and_together_all() -> None:
     want = Counter((np.uint8(i * (255 / 16)).tobytes(), t) for i, t in zip(digits.images, digits.target, strict=True))
     got: Counter[Any] = Counter()
     for split in both_splits(digits_config()):
-        got.update((i.tobytes(), t) for i, t in zip(split.dataset.images, split.dataset.targets, strict=True))
+        got.update(
+            (i.tobytes(), t) for i, t in zip(split.dataset.source.images, split.dataset.source.targets, strict=True)
+        )
     assert got == want
 
 
@@ -268,10 +278,10 @@ def test_synthetic_images_are_reproducible_and_differ_between_the_splits() -> No
     train, val = both_splits(config)
     assert (len(train), len(val)) == (40, 9)
     assert data.num_classes(train, val, 7) == 7
-    assert {target for _, target in train.dataset} == set(range(7))
+    assert {sample.target for sample in samples(train)} == set(range(7))
     again, _ = both_splits(config)
-    assert torch.equal(train.dataset[3][0], again.dataset[3][0])
-    images = [image.numpy().tobytes() for split in (train, val) for image, _ in split.dataset]
+    assert torch.equal(train.dataset[3].image, again.dataset[3].image)
+    images = [sample.image.numpy().tobytes() for split in (train, val) for sample in samples(split)]
     assert len(set(images)) == 49
 
 
@@ -320,11 +330,11 @@ def test_shards_are_trained_on_once_an_epoch(shards: Path) -> None:
     loader = data.TrainLoader(split, config, alone())
     for epoch in range(2):
         batches = list(loader.epoch(epoch))
-        assert [len(targets) for _, targets in batches] == [5, 5]
-        seen = [number for images, _ in batches for number in numbers(images)]
+        assert [len(batch.targets) for batch in batches] == [5, 5]
+        seen = [number for batch in batches for number in numbers(batch.images)]
         assert sorted(seen) == list(range(10))
-        for images, targets in batches:
-            assert targets.tolist() == [number % 3 for number in numbers(images)]
+        for batch in batches:
+            assert batch.targets.tolist() == [number % 3 for number in numbers(batch.images)]
 
 
 def test_shards_are_evaluated_once_each(shards: Path) -> None:
@@ -332,16 +342,14 @@ def test_shards_are_evaluated_once_each(shards: Path) -> None:
     split = data.create_split(config, train=False)
     batches = list(data.create_eval_loader(split, config, alone()))
     assert len(split) == 7
-    assert [number for images, _ in batches for number in numbers(images)] == list(range(7))
-    assert [target for _, targets in batches for target in targets.tolist()] == [0, 1, 2, 0, 1, 2, 0]
+    assert [number for batch in batches for number in numbers(batch.images)] == list(range(7))
+    assert [target for batch in batches for target in batch.targets.tolist()] == [0, 1, 2, 0, 1, 2, 0]
     assert data.num_classes(data.create_split(config, train=True), split, 3) == 3
 
 
-def test_shards_need_the_numbers_of_images_and_of_classes(shards: Path) -> None:
-    with refused("wds/toy", "num_samples"):
-        data.create_split(shards_config(shards, 5, **{"data.train_samples": None}), train=True)
-    with refused("wds/toy", "set data.val_samples"):
-        data.create_split(shards_config(shards, 5, **{"data.val_samples": None}), train=False)
+def test_shards_count_their_images_and_need_the_number_of_classes(shards: Path) -> None:
+    counted = shards_config(shards, 5, **{"data.train_samples": None, "data.val_samples": None})
+    assert [len(split) for split in both_splits(counted)] == [10, 7]
     with refused("set model.num_classes"):
         classes(shards_config(shards, 5, **{"model.num_classes": None}))
 
@@ -356,17 +364,18 @@ def test_number_of_images_in_shards_is_not_rounded_up_to_batches(batch: int, sha
     assert len(data.create_split(shards_config(shards, batch), train=True)) == 10
 
 
-def test_shards_are_refused_where_they_would_be_shared_out_unevenly(shards: Path) -> None:
-    config = shards_config(shards, batch=5)
+@pytest.mark.parametrize(("size", "workers"), [(2, 0), (2, 1), (3, 2)])
+def test_shards_are_shared_out_over_processes(size: int, workers: int, shards: Path) -> None:
+    config = shards_config(shards, batch=1, **{"data.workers": workers})
     train, val = both_splits(config)
-    for rank in range(2):
-        with refused("wds/toy", "one process", "not in 2"):
-            data.TrainLoader(train, config, alone(rank, 2))
-        with refused("wds/toy", "one process", "not in 2"):
-            data.create_eval_loader(val, config, alone(rank, 2))
-    many = shards_config(shards, batch=5, **{"data.workers": 3})
-    with refused("data.workers=3", "2 shards", "lower"):
-        data.TrainLoader(data.create_split(many, train=True), many, alone())
+    loaders = [data.TrainLoader(train, config, alone(rank, size)) for rank in range(size)]
+    shares = [[number for batch in loader.epoch(3) for number in numbers(batch.images)] for loader in loaders]
+    assert {len(share) for share in shares} == {10 // size}
+    assert len(set(chain(*shares))) == 10 // size * size
+    seen: list[int] = []
+    for rank in range(size):
+        seen += chain(*(numbers(batch.images) for batch in data.create_eval_loader(val, config, alone(rank, size))))
+    assert sorted(seen) == list(range(7))
 
 
 # ---- transforms
@@ -486,8 +495,8 @@ def test_mixed_targets_are_smoothed_shares_of_two_classes() -> None:
 # ---- loaders
 
 
-class Indices(Dataset[tuple[int, int]]):
-    """Item i is (i, -i)."""
+class Indices(Dataset[tuple[Any, int]]):
+    """Item i is an image of the red i, and the class -i."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -495,14 +504,19 @@ class Indices(Dataset[tuple[int, int]]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        return index, -index
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return Image.new("RGB", (1, 1), (index, 0, 0)), -index
+
+
+def indices(length: int) -> Split:
+    """A split whose images are the tensors 0, 1, 2, ..."""
+    return Split(Images(Indices(length), lambda image: torch.tensor(image.getpixel((0, 0))[0]), seed=0), None)
 
 
 def train_batches(length: int, per_device: int, rank: int, size: int, epoch: int, **changes: Any) -> list[list[int]]:
     config = micro_config(**({"optim.batch_per_device": per_device} | changes))
-    loader = data.TrainLoader(Split(Indices(length), None), config, alone(rank, size))
-    return [images.tolist() for images, _ in loader.epoch(epoch)]
+    loader = data.TrainLoader(indices(length), config, alone(rank, size))
+    return [batch.images.tolist() for batch in loader.epoch(epoch)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -534,10 +548,10 @@ def test_epochs_are_shuffled_anew_and_reproducibly() -> None:
 
 
 def test_one_loader_gives_an_epoch_the_same_order_whichever_came_before() -> None:
-    loader = data.TrainLoader(Split(Indices(40), None), micro_config(), alone())
-    first = [images.tolist() for images, _ in loader.epoch(2)]
-    assert [images.tolist() for images, _ in loader.epoch(0)] != first
-    assert [images.tolist() for images, _ in loader.epoch(2)] == first
+    loader = data.TrainLoader(indices(40), micro_config(), alone())
+    first = [batch.images.tolist() for batch in loader.epoch(2)]
+    assert [batch.images.tolist() for batch in loader.epoch(0)] != first
+    assert [batch.images.tolist() for batch in loader.epoch(2)] == first
 
 
 def test_every_epoch_holds_enough_full_batches_for_its_updates() -> None:
@@ -549,16 +563,57 @@ def test_every_epoch_holds_enough_full_batches_for_its_updates() -> None:
             assert {len(batch) for batch in batches} == {per_device}
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("skip", [0, 1, 4, 9, 10])
+def test_rest_of_an_epoch_is_the_epoch_without_its_beginning_whatever_the_workers(skip: int, workers: int) -> None:
+    whole = [batch.images.tolist() for batch in data.TrainLoader(indices(40), micro_config(**FOUR), alone()).epoch(2)]
+    loader = data.TrainLoader(indices(40), micro_config(**(FOUR | {"data.workers": workers})), alone())
+    assert [batch.images.tolist() for batch in loader.epoch(2, skip=skip)] == whole[skip:]
+    assert [batch.images.tolist() for batch in loader.epoch(2)] == whole  # the next time, nothing is skipped
+
+
+FOUR = {"optim.batch_per_device": 4}
+
+
+def test_augmentation_of_an_image_depends_on_seed_epoch_and_image_alone(folders: Path) -> None:
+    random_crop = {"augment.scale": [0.1, 1.0], "augment.auto_augment": "rand-m9-mstd0.5-inc1", "augment.reprob": 1.0}
+
+    def images(epoch: int, workers: int = 0, skip: int = 0, **changes: Any) -> dict[int, torch.Tensor]:
+        batch = {"optim.batch_per_device": 1, "data.workers": workers}
+        config = folder_config(folders, **(random_crop | batch | changes))
+        loader = data.TrainLoader(data.create_split(config, train=True), config, alone())
+        torch.manual_seed(torch.seed())  # whatever the process drew before
+        return {int(batch.places): batch.images for batch in loader.epoch(epoch, skip)}
+
+    first = images(0)
+    for again in (images(0), images(0, workers=2), images(0, skip=2)):
+        assert all(torch.equal(image, first[place]) for place, image in again.items())
+    for other in (images(1), images(0, seed=1)):
+        assert not any(torch.equal(image, first[place]) for place, image in other.items())
+
+
+def test_loading_draws_no_random_number_from_the_run(folders: Path) -> None:
+    config = folder_config(folders, **{"augment.scale": [0.1, 1.0], "augment.reprob": 1.0, **FOUR})
+    loader = data.TrainLoader(data.create_split(config, train=True), config, alone())
+    batches = loader.epoch(0)
+    before = rng.state(torch.device("cpu"))
+    assert len(next(batches).targets) == 4
+    after = rng.state(torch.device("cpu"))
+    assert torch.equal(before["torch"], after["torch"])
+    assert torch.equal(before["python"][1], after["python"][1])
+    assert torch.equal(before["numpy"][1], after["numpy"][1])
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize(("length", "workers"), [(1, 0), (5, 0), (5, 2), (10, 0)])
 def test_evaluation_covers_every_image_exactly_once(length: int, size: int, workers: int) -> None:
     config = micro_config(**{"optim.batch_per_device": 2, "data.workers": workers})
-    split = Split(Indices(length), None)
+    split = indices(length)
     seen: list[int] = []
     for rank in range(size):
-        for images, targets in data.create_eval_loader(split, config, alone(rank, size)):
-            assert targets.tolist() == [-i for i in images.tolist()]
-            seen += images.tolist()
+        for batch in data.create_eval_loader(split, config, alone(rank, size)):
+            assert batch.targets.tolist() == [-i for i in batch.images.tolist()]
+            seen += batch.images.tolist()
     assert sorted(seen) == list(range(length))
 
 

@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from timm.utils import ModelEmaV3
 from torch.amp import GradScaler
+from torch.utils.data import DataLoader, Dataset
 
 from sgconvnext import build, data, engine, optim
 from sgconvnext.config import Config, from_dict, merge
 from sgconvnext.distributed import World
+from sgconvnext.images import Batch, Sample, TellsFaults, collate_readable
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -95,8 +97,39 @@ def noise(count: int, classes: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(count, 3, 32, 32, generator=generator), torch.randint(classes, (count,), generator=generator)
 
 
-def batches_of(size: int, images: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    return iter(list(zip(images.split(size), targets.split(size), strict=True)))
+def batches_of(size: int, images: torch.Tensor, targets: torch.Tensor) -> Iterator[Batch]:
+    """Batches as the training loader gives them, of images that are all well."""
+    places = torch.arange(len(targets))
+    parts = [part.split(size) for part in (images, targets, places, torch.zeros_like(places))]
+    return iter([Batch(*batch) for batch in zip(*parts, strict=True)])
+
+
+class Kept(TellsFaults, Dataset[Sample]):
+    """Images and targets in memory, as samples; a target of -1 stands for an image that cannot be read."""
+
+    def __init__(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+        self.images, self.targets = images, targets.tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Sample:
+        unreadable = self.targets[index] < 0
+        return Sample(None if unreadable else self.images[index], self.targets[index], index, int(unreadable))
+
+    def name(self, place: int) -> str:
+        return f"image {place}"
+
+
+def evaluation_loader(images: torch.Tensor, targets: torch.Tensor, **options: Any) -> DataLoader[Any]:
+    return DataLoader(Kept(images, targets), collate_fn=collate_readable, **options)
+
+
+def update(t: engine.Training, batches: Iterator[Batch], lr: float) -> float:
+    """One update; the loss."""
+    progress = engine.Progress(0)
+    engine.train_update(t, batches, progress, lr)
+    return progress.loss
 
 
 def write_images(root: Path, splits: dict[str, dict[str, int]], size: int = 32) -> Path:

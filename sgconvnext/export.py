@@ -1,0 +1,139 @@
+"""Write the weights of a checkpoint of train.py as safetensors, in the folder layout that timm and its hub read.
+
+    python -m sgconvnext.export runs/digits/best.pth exported/digits [--ema]
+
+    import sgconvnext, timm
+    model = timm.create_model("local-dir:exported/digits", pretrained=True)
+
+The folder's config.json holds the architecture with its arguments, the preprocessing of the run's validation, and the
+names of the classes where the data had names.
+"""
+
+import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from timm.models._hub import save_config_for_hf  # save_for_hf, which is public, writes no metadata beside the weights
+from torch import nn
+
+from . import build, checkpoint, distributed
+from .config import Config, from_dict
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # timm's names
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        told = export_checkpoint(args.checkpoint, args.folder, args.ema)
+    except ValueError as error:
+        distributed.fail("sgconvnext.export", error)
+    print(told)  # noqa: T201  this module is a command
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m sgconvnext.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="last.pth or best.pth of a run")
+    parser.add_argument("folder", help="folder to write; it must not hold exported weights yet")
+    parser.add_argument("--ema", action="store_true", help="export the average of the weights")
+    return parser.parse_args()
+
+
+def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
+    """Write folder/model.safetensors and folder/config.json, both or neither.
+
+    Args:
+        path: checkpoint of train.py.
+        folder: made if it is not there.
+        ema: the EMA's weights instead of the model's.
+
+    Returns:
+        one line: what was written, and how to load it.
+
+    Raises:
+        ValueError: no checkpoint, one without configuration or EMA, or a folder that is taken or not writable.
+    """
+    for name in (WEIGHTS, CONFIG):
+        if (Path(folder) / name).exists():
+            raise ValueError(f"folder {folder!r} already holds {name}; name another, or remove it")
+    state = checkpoint.load(path)
+    model, config = trained_model(state, ema, path)
+    metadata = {
+        "format": "pt",  # which timm and transformers look for
+        "arch": model.pretrained_cfg["architecture"],
+        "epoch": str(state["epoch"]),
+        "weights": "ema" if ema else "model",
+    }
+    try:
+        write_folder(Path(folder), model, metadata, config, state.get("class_to_idx"))
+    except OSError as error:
+        raise ValueError(f"folder {folder!r} cannot be written ({error.strerror}); name another") from error
+    return (
+        f"{metadata['weights']} weights of {metadata['arch']}, epoch {metadata['epoch']}, are in {folder}; load them: "
+        f"import sgconvnext, timm; timm.create_model('local-dir:{folder}', pretrained=True)"
+    )
+
+
+def trained_model(state: dict[str, Any], ema: bool, path: str) -> tuple[Any, Config]:
+    """The model of a checkpoint with its weights, and the configuration of the run that wrote it."""
+    if missing := {"args", "epoch"} - set(state):
+        raise ValueError(f"checkpoint {path!r} lacks {', '.join(sorted(missing))}; it was not written by train.py")
+    config = from_dict(state["args"], path)
+    classes = config.model.num_classes
+    if classes is None:
+        raise ValueError(f"checkpoint {path!r} has model.num_classes=null; it was not written by train.py")
+    weights = checkpoint.weights(state, ema, path)
+    model = build.create_model(config, classes, start=False)
+    checkpoint.load_weights(model, weights, path)
+    return model, config
+
+
+def write_folder(
+    folder: Path, model: nn.Module, metadata: dict[str, str], config: Config, class_to_idx: dict[str, int] | None
+) -> None:
+    """Write both files in a folder beside their place, then move them there, the weights last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".export", dir=folder) as name:
+        beside = Path(name)
+        # copies, because safetensors takes no tensor that shares its memory or is laid out channels-last
+        tensors = {k: v.clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+        (beside / WEIGHTS).write_bytes(save(tensors, metadata=metadata))  # save_file makes it readable by us alone
+        save_config_for_hf(
+            model,
+            str(beside / CONFIG),
+            model_config=model_config(class_to_idx),
+            data_config=data_config(config),
+        )
+        for file in (CONFIG, WEIGHTS):
+            (beside / file).replace(folder / file)
+
+
+def data_config(config: Config) -> dict[str, Any]:
+    """The run's preprocessing of validation images, in timm's words."""
+    data = config.data
+    height, width = (data.img_size, data.img_size) if isinstance(data.img_size, int) else data.img_size
+    return {
+        "input_size": (3, height, width),
+        "mean": data.mean,
+        "std": data.std,
+        "crop_pct": data.crop_pct,
+        "crop_mode": data.crop_mode,
+        "interpolation": data.interpolation,
+    }
+
+
+def model_config(class_to_idx: dict[str, int] | None) -> dict[str, Any]:
+    """What timm cannot know: that these are not its own weights of some tag, and the classes' names by index."""
+    labels = sorted(class_to_idx, key=class_to_idx.__getitem__) if class_to_idx else None
+    return {"pretrained_cfg": {"tag": None}, "label_names": labels}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Where a loss or gradient first stopped being finite: said before anything is averaged, stepped or saved."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class NonFiniteError(FloatingPointError):
+    """Training cannot go on; ``report`` has what a replay of the update needs."""
+
+    def __init__(self, message: str, report: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def first_module(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:
+    """The first module, in the order of computation, whose output is not finite when ``forward`` runs again.
+
+    Returns:
+        Its name; "the images" or "the loss" where it is not the network's doing; None where all is finite.
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and not _finite(output):
+                found.append(name)
+
+        return hook
+
+    def see_images(module: nn.Module, inputs: Any) -> None:
+        if not found and not _finite(inputs):
+            found.append("the images")
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    hooks.append(model.register_forward_pre_hook(see_images))
+    try:
+        with torch.no_grad():
+            loss = forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found and not math.isfinite(loss.item()):
+        found.append("the loss")
+    return found[0] if found else None
+
+
+def first_gradient(model: nn.Module) -> str | None:
+    """The parameter nearest the output, where backward begins, whose gradient is not finite."""
+    for name, parameter in reversed(list(model.named_parameters())):
+        if parameter.grad is not None and not _finite(parameter.grad):
+            return f"the gradient of {name}"
+    return None
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    return all(_finite(item) for item in value) if isinstance(value, list | tuple) else True

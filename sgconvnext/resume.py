@@ -1,0 +1,100 @@
+"""Which checkpoint a run goes on from, and what may differ from the run that wrote it."""
+
+import difflib
+import logging
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Folder
+from .config import Config, from_dict, to_dict
+
+_logger = logging.getLogger(__name__)
+
+KEYS = {"args", "optimizer", "amp_scaler", "progress", "best", "history", "ranks", "facts"}
+# Knobs that change nothing about the numbers of a run, or only how it began
+FREE = {
+    *("out", "resume", "allow_change", "model.checkpoint", "model.checkpoint_ema", "model.new_head"),
+    *("model.pretrained", "data.root", "data.download", "data.workers", "data.pin_memory", "data.max_unreadable"),
+    *("run.device", "run.cudnn_benchmark", "run.max_skips", "run.log_every", "save.every", "save.keep"),
+    *("save.max_failures", "watch.tensorboard", "watch.wandb"),
+}
+
+
+def find(config: Config, folder: Folder) -> Path | None:
+    """The checkpoint to go on from; a folder that holds a run is only ever continued, never overwritten.
+
+    Raises:
+        ValueError: the folder holds a run and resume does not name one of its checkpoints, or none of them is good.
+    """
+    out, given = folder.path, Path(config.resume)
+    names = ("last.pth", "best.pth", "metrics.jsonl", "config.yaml")
+    held = [*folder.files(), *(out / name for name in names if (out / name).exists())]
+    if config.resume == "auto":
+        newest, wrong = folder.newest()
+        for problem in wrong:
+            _logger.warning("%s; going on from %s", problem, newest)
+        if newest is None and any(path.suffix == ".pth" for path in held):
+            raise ValueError(f"out={config.out!r} holds {held[0].name} but no checkpoint-*.pth; use resume={held[0]}")
+        return newest
+    if held and (not config.resume or out.resolve() not in given.resolve().parents):
+        raise ValueError(f"out={config.out!r} already holds a run; resume=auto continues it, another out starts anew")
+    if not config.resume:
+        return None
+    return out / given.resolve().name if given.resolve().parent == out.resolve() else given
+
+
+def facts(processes: int, device: str, images: int) -> dict[str, Any]:
+    """What belongs to a run's numbers beside its knobs."""
+    return {"processes": processes, "device": device, "training_images": images}
+
+
+def refuse_changes(state: dict[str, Any], config: Config, now: dict[str, Any], path: Path) -> None:
+    """A run goes on as it began, to the last bit, but for what allow_change names.
+
+    Args:
+        state: the checkpoint.
+        config: of this run.
+        now: its `facts`.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        ValueError: naming the first knob or fact that differs, both values and the cure.
+    """
+    if missing := KEYS - set(state):
+        raise ValueError(
+            f"resume={str(path)!r} lacks {', '.join(sorted(missing))}; start from it with model.checkpoint"
+        )
+    before = _flat(to_dict(from_dict(state["args"], str(path)))) | state["facts"]
+    after = _flat(to_dict(config)) | now
+    allowed = _allowed(config.allow_change, [*after])
+    sharded = config.data.dataset.startswith("wds/")  # whose order depends on the workers
+    for key in sorted(after):
+        free = key in FREE and not (sharded and key == "data.workers")
+        if before.get(key) != after[key] and not free and not any(_covers(name, key) for name in allowed):
+            raise ValueError(
+                f"resume={str(path)!r} was written with {key}={before.get(key)}, now it is {after[key]}; go on with "
+                f"the former, allow_change={key} to change it, or start anew with model.checkpoint"
+            )
+
+
+def _allowed(text: str, known: list[str]) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if not any(_covers(name, key) for key in known):
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"allow_change={text!r} names {name!r}, which is no knob{hint}")
+    return names
+
+
+def _covers(name: str, key: str) -> bool:
+    """A knob, or the section it is in."""
+    return key == name or key.startswith(name + ".")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and prefix + key != "model.kwargs"
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat

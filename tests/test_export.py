@@ -1,0 +1,229 @@
+"""Exported folders: the same weights and answers through timm alone, the run's preprocessing, and every refusal."""
+
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers import refused
+from safetensors import safe_open
+from timm.data import resolve_model_data_config
+from timm.models import load_checkpoint
+from training_helpers import command, micro_config
+
+from sgconvnext import build, checkpoint, export
+from sgconvnext.config import Config, to_dict
+from sgconvnext.export import export_checkpoint
+
+CLASSES = {"walrus": 1, "ant": 2, "zebra": 0}
+PREPROCESSING = {
+    "data.img_size": [32, 64],
+    "data.mean": [0.1, 0.2, 0.3],
+    "data.std": [0.4, 0.5, 0.6],
+    "data.crop_pct": 0.9,
+    "data.crop_mode": "squash",
+    "data.interpolation": "bilinear",
+}
+
+
+def trained(folder: Path, **changes: Any) -> tuple[str, torch.nn.Module, torch.nn.Module]:
+    """A checkpoint as train.py writes it, and the model and EMA whose weights are in it; no two of them alike."""
+    config = micro_config(**{"model.num_classes": 3} | changes)
+    config.model.img_size = config.data.img_size
+    model, ema = (randomized(config) for _ in range(2))
+    state = {
+        "state_dict": model.state_dict(),
+        "state_dict_ema": ema.state_dict(),
+        "epoch": 4,
+        "args": to_dict(config),
+        "class_to_idx": CLASSES,
+    }
+    checkpoint.save(folder / "best.pth", state)
+    return str(folder / "best.pth"), model, ema
+
+
+def randomized(config: Config) -> torch.nn.Module:
+    """Layer scale at 1e-6 would hide from the logits what the blocks compute."""
+    model = build.create_model(config, 3, start=False).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def change(path: str, **changes: Any) -> None:
+    """Rewrite a checkpoint; a key changed to None is taken out."""
+    state = checkpoint.load(path) | changes
+    checkpoint.save(Path(path), {key: value for key, value in state.items() if value is not None})
+
+
+def load(folder: str) -> Any:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def assert_same(got: torch.nn.Module, want: torch.nn.Module, size: tuple[int, int] = (32, 32)) -> None:
+    """Bit for bit, weights and logits."""
+    assert got.state_dict().keys() == want.state_dict().keys()
+    for key, tensor in want.state_dict().items():
+        assert torch.equal(got.state_dict()[key], tensor), key
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        assert torch.equal(got(images), want(images))
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_timm_loads_the_same_weights_bit_for_bit(ema: bool, tmp_path: Path) -> None:
+    path, model, average = trained(tmp_path)
+    folder = str(tmp_path / "new" / "folder")
+    told = export_checkpoint(path, folder, ema)
+    assert f"{'ema' if ema else 'model'} weights of sgconvnext_atto, epoch 4" in told
+    assert f"timm.create_model('local-dir:{folder}', pretrained=True)" in told
+    assert_same(load(folder), average if ema else model)
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}), ("vit_tiny_patch16_224", {"depth": 1})],
+)
+def test_models_of_timm_are_exported_too(name: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
+    path, model, _ = trained(tmp_path, **{"model.name": name, "model.kwargs": kwargs})
+    export_checkpoint(path, str(tmp_path / "folder"))
+    loaded = load(str(tmp_path / "folder"))
+    assert_same(loaded, model)
+    assert not loaded.pretrained_cfg.get("tag")  # such as d2_in1k, of weights that these are not
+
+
+def test_channels_last_weights_are_exported(tmp_path: Path) -> None:
+    path, model, _ = trained(tmp_path, **{"model.channels_last": True})
+    assert not model.get_parameter("stem.0.weight").is_contiguous()
+    export_checkpoint(path, str(tmp_path / "folder"))
+    assert_same(load(str(tmp_path / "folder")), model.to(memory_format=torch.contiguous_format))
+
+
+def test_tied_weights_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, model, _ = trained(tmp_path)
+    norm: Any = model.get_submodule("stages.0.blocks.0.norm")
+    norm.bias = norm.weight
+    change(path, state_dict=model.state_dict())
+    monkeypatch.setattr(build, "create_model", lambda *args, **kwargs: model)
+    export_checkpoint(path, str(tmp_path / "folder"))
+    assert_same(load(str(tmp_path / "folder")), model)
+
+
+def test_load_checkpoint_takes_the_file(tmp_path: Path) -> None:
+    path, model, _ = trained(tmp_path)
+    export_checkpoint(path, str(tmp_path / "folder"))
+    other = randomized(micro_config(**{"model.num_classes": 3}))
+    load_checkpoint(other, str(tmp_path / "folder" / "model.safetensors"))
+    assert_same(other, model)
+
+
+def test_folder_carries_the_preprocessing_of_the_run(tmp_path: Path) -> None:
+    path, model, _ = trained(tmp_path, **PREPROCESSING)
+    export_checkpoint(path, str(tmp_path / "folder"))
+    loaded = load(str(tmp_path / "folder"))
+    assert_same(loaded, model, (32, 64))
+    found = {key: tuple(v) if isinstance(v, list) else v for key, v in resolve_model_data_config(loaded).items()}
+    assert found == {
+        "input_size": (3, 32, 64),
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.4, 0.5, 0.6),
+        "crop_pct": 0.9,
+        "crop_mode": "squash",
+        "interpolation": "bilinear",
+    }
+
+
+def test_folder_names_the_classes_in_the_order_of_the_logits(tmp_path: Path) -> None:
+    path, _, _ = trained(tmp_path)
+    export_checkpoint(path, str(tmp_path / "named"))
+    assert load(str(tmp_path / "named")).pretrained_cfg["label_names"] == ["zebra", "walrus", "ant"]
+    change(path, class_to_idx=None)
+    export_checkpoint(path, str(tmp_path / "nameless"))
+    assert not load(str(tmp_path / "nameless")).pretrained_cfg.get("label_names")
+    assert "label_names" not in json.loads((tmp_path / "nameless" / "config.json").read_text())
+
+
+def test_exported_backbone_takes_a_new_head(tmp_path: Path) -> None:
+    path, model, _ = trained(tmp_path)
+    export_checkpoint(path, str(tmp_path / "folder"))
+    tuned: Any = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True, num_classes=7)
+    assert tuned.head.fc.out_features == 7
+    assert torch.equal(tuned.stem[0].weight, model.get_parameter("stem.0.weight"))
+
+
+def test_file_says_what_it_is_and_everybody_may_read_it(tmp_path: Path) -> None:
+    path, _, _ = trained(tmp_path)
+    export_checkpoint(path, str(tmp_path / "folder"), ema=True)
+    weights = tmp_path / "folder" / "model.safetensors"
+    with safe_open(weights, "pt") as file:
+        assert file.metadata() == {"format": "pt", "arch": "sgconvnext_atto", "epoch": "4", "weights": "ema"}
+    assert stat.S_IMODE(weights.stat().st_mode) == stat.S_IMODE((tmp_path / "best.pth").stat().st_mode)
+
+
+def test_checkpoint_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
+    path, _, _ = trained(tmp_path)
+    folder = tmp_path / "folder"
+    with refused("none.pth", "does not exist"):
+        export_checkpoint("none.pth", str(folder))
+    change(path, state_dict_ema=None)
+    with refused("best.pth", "no EMA weights"):
+        export_checkpoint(path, str(folder), ema=True)
+    tree = checkpoint.load(path)["args"]
+    change(path, args=tree | {"model": tree["model"] | {"num_classes": None}})
+    with refused("best.pth", "model.num_classes=null"):
+        export_checkpoint(path, str(folder))
+    change(path, args=tree | {"model": tree["model"] | {"num_classes": 4}})
+    with refused("best.pth", "another architecture", "head.fc.weight"):
+        export_checkpoint(path, str(folder))
+    change(path, args=None, epoch=None)
+    with refused("best.pth", "lacks args, epoch", "not written by train.py"):
+        export_checkpoint(path, str(folder))
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_folder_that_is_taken_is_refused(name: str, tmp_path: Path) -> None:
+    path, _, _ = trained(tmp_path)
+    (tmp_path / name).write_text("precious")
+    with refused(str(tmp_path), f"already holds {name}", "name another"):
+        export_checkpoint(path, str(tmp_path))
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _, _ = trained(tmp_path)
+    with refused("best.pth/folder", "cannot be written", "Not a directory"):
+        export_checkpoint(path, f"{path}/folder")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save_config_for_hf", full)  # after the weights
+    with refused("folder", "cannot be written", "No space left on device"):
+        export_checkpoint(path, str(tmp_path / "folder"))
+    assert not os.listdir(tmp_path / "folder")
+
+
+def test_command_exports_and_refuses_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _, ema = trained(tmp_path)
+    done = command("-m", "sgconvnext.export", path, tmp_path / "folder", "--ema")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    assert f"local-dir:{tmp_path / 'folder'}" in done.stdout
+    assert_same(load(str(tmp_path / "folder")), ema)
+
+    monkeypatch.setattr(sys, "argv", ["export.py", path, str(tmp_path / "folder")])
+    with pytest.raises(SystemExit) as ended:
+        export.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sgconvnext.export: error: folder ")
+    assert error.count("\n") == 1
