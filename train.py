@@ -36,7 +36,7 @@ from tqdm import tqdm
 import sgconvnext  # noqa: F401  registers the models with timm
 from sgconvnext import build, checkpoint, data, distributed, engine, optim, preflight, resume, rng
 from sgconvnext.config import Config, describe, load_config, to_dict
-from sgconvnext.images import UNREADABLE, Batch, UnreadableError
+from sgconvnext.images import UNREADABLE, Batch, DataError
 from sgconvnext.nonfinite import NonFiniteError
 from sgconvnext.watch import Watch
 
@@ -71,8 +71,11 @@ def train(run: "Run") -> None:
         run.train()
     except NonFiniteError as error:
         distributed.fail("train.py", run.reported(error), code=1)
-    except (FloatingPointError, UnreadableError, OSError) as error:
+    except (FloatingPointError, OSError) as error:
         distributed.fail("train.py", error, code=1)
+    except DataError as error:  # out of a loader worker it comes with the worker's traceback before it
+        reason = str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
+        distributed.fail("train.py", DataError(reason), code=1, alone=reason != str(error))
     except RuntimeError as error:
         message = str(error).splitlines()[0]
         if "DataLoader worker" in message:
@@ -305,19 +308,18 @@ class Run:
         t, p = self.training, self.progress
         counted = max(1, self.updates - p.skipped)
         metrics = {"epoch": p.epoch, "train_loss": p.loss_sum / counted}
-        unreadable = p.faults[UNREADABLE]
-        for kind, model in [("val", t.model), ("ema", t.ema and t.ema.module)]:
-            if model is None:
-                continue
+        unreadable = 0
+        models = {"val": t.model} | ({} if t.ema is None else {"ema": t.ema.module})
+        for kind, model in models.items():
             result = engine.evaluate(model, self.val_loader, self.config, self.world, t.stop)
             if result is None:
-                self.leave()  # and never comes back
+                self.leave()
             if kind == "val" and not math.isfinite(result["loss"]):
                 raise FloatingPointError(
                     f"epoch {p.epoch}: the validation loss is {result['loss']}; nothing was saved"
                 )
             metrics |= {f"{kind}_{key}": result[key] for key in ("top1", "top5", "loss")}
-        unreadable += int(result["unreadable"])
+            unreadable = p.faults[UNREADABLE] + int(result["unreadable"])
         lr = float(t.learning_rates[self.updates_done() - 1])
         metrics |= {"lr": lr, "grad_norm": p.norm_sum / counted, "skipped": p.skipped, "unreadable": unreadable}
         return metrics | rates
@@ -349,8 +351,8 @@ class Run:
             OSError: it was the last of save.max_failures in a row.
         """
         p = self.progress
-        own = {"epoch": self.drawn, "now": rng.state(self.world.device)}
-        ranks = self.world.gather(own)
+        now = None if self.drawn is None else rng.state(self.world.device)  # None: between two epochs
+        ranks = self.world.gather({"epoch": self.drawn, "now": now})
         path = self.folder.place(p.epoch, p.update)
         try:
             self.world.on_first(lambda: self.folder.add(path, self.state(ranks), self.config.save.keep, best))

@@ -113,7 +113,7 @@ def _open(config: Config, train: bool) -> Any:
             "digits or synthetic"
         )
     try:
-        dataset = create_dataset(
+        return create_dataset(
             data.dataset,
             root=root or None,
             split=split,
@@ -124,12 +124,7 @@ def _open(config: Config, train: bool) -> Any:
             num_samples=samples,
             seed=config.seed,
         )
-        shards = dataset.reader.split_info.filenames if prefix == "wds" and "://" not in root else ()
-        missing = [shard for shard in shards if not Path(root, shard).exists()]
-        if missing:
-            raise ValueError(f"{len(missing)} of {len(shards)} shards do not exist, the first is {missing[0]!r}")
-        return dataset
-    except (RuntimeError, AssertionError, ImportError, OSError, ValueError, tarfile.TarError) as error:
+    except (RuntimeError, AssertionError, ImportError, OSError, ValueError, KeyError, tarfile.TarError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"data.dataset={data.dataset!r}, data.root={data.root!r}, {knob}={split!r}: {reason}"

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from . import rng
 from .config import Config
 from .distributed import World
-from .images import FAULTS, UNREADABLE, Batch, UnreadableError
+from .images import FAULTS, UNREADABLE, Batch, DataError
 from .nonfinite import NonFiniteError, first_gradient, first_module
 from .optim import set_learning_rate
 from .signals import STOPPING, StopRequest
@@ -195,7 +195,7 @@ def evaluate(
     ``unreadable``. Every process gets the same result; None where one of them was asked to stop.
 
     Raises:
-        UnreadableError: more than data.max_unreadable of the images cannot be read.
+        DataError: more than data.max_unreadable of the images cannot be read.
     """
     training = model.training
     model.eval()
@@ -241,7 +241,7 @@ def _until_stopped(batches: Iterable[Batch], world: World, stop: StopRequest) ->
 def check_readable(unreadable: int, images: int, split: str, config: Config) -> None:
     """Refuse to go on where too large a share of a split is broken."""
     if unreadable > config.data.max_unreadable * images:
-        raise UnreadableError(
+        raise DataError(
             f"{unreadable} of {images} {split} images cannot be read, more than data.max_unreadable="
             f"{config.data.max_unreadable}; repair them (the log names each), or raise it"
         )

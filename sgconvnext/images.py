@@ -21,8 +21,8 @@ FAULTS = ("", "unreadable", "CMYK", "palette", "16-bit", "EXIF-rotated", "very l
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
 
-class UnreadableError(ValueError):
-    """More images are broken than may be."""
+class DataError(ValueError):
+    """The data, found while reading it, cannot be trained on."""
 
 
 class Sample(NamedTuple):
@@ -134,7 +134,7 @@ def collate(samples: list[Sample]) -> Batch:
     """A training batch; for an image that could not be read another of the batch stands in, and its class with it."""
     good = [sample for sample in samples if sample.image is not None]
     if not good:
-        raise UnreadableError(
+        raise DataError(
             f"not one of the {len(samples)} images of a batch can be read, from number {samples[0].place} on"
         )
     shown = [sample if sample.image is not None else good[i % len(good)] for i, sample in enumerate(samples)]

@@ -56,7 +56,8 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     Raises:
         ValueError: the parameters are grouped in another way.
     """
-    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    taken = {"params", "lr"}  # the rate of the last update; the table gives the next
+    own = [{key: value for key, value in group.items() if key not in taken} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
     except ValueError as error:

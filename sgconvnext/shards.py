@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from . import rng
-from .images import UNREADABLE, Sample, TellsFaults, decode
+from .images import UNREADABLE, DataError, Sample, TellsFaults, decode
 
 # Undecoded samples a worker draws from: 5000 of ImageNet's, of 110 KB, are 0.55 GB and four of its usual shards;
 # decoded they would be five times that.
@@ -54,7 +54,8 @@ class Shards(TellsFaults, IterableDataset[Sample]):
 
     Raises:
         ValueError: a shard is missing, is no whole tar file or has no known length; there are fewer samples than
-            wanted, or none. While reading: a shard is damaged or not as long as stated; a sample has no class or no image file.
+            wanted, or none.
+        DataError: while reading, a shard is damaged or not as long as stated, or a sample has no class or no image.
     """
 
     def __init__(
@@ -75,7 +76,8 @@ class Shards(TellsFaults, IterableDataset[Sample]):
         held = sum(shard.length for shard in self.shards)
         if held == 0:
             raise ValueError(
-                f"none of the {len(self.shards)} shards from {self.shards[0].url} on holds a sample; pack images into them"
+                f"none of the {len(self.shards)} shards from {self.shards[0].url} on holds a sample; pack images into "
+                "them"
             )
         self.samples = held if samples is None else samples
         if self.samples > held:
@@ -153,7 +155,7 @@ class Shards(TellsFaults, IterableDataset[Sample]):
         file = next((raw[key] for key in self.input_key.split(";") if key in raw), None)
         if file is None:
             kinds = ", ".join(key for key in raw if not key.startswith("__"))
-            raise ValueError(
+            raise DataError(
                 f"shard {shard.name}, sample {raw['__key__']}: no image among its files ({kinds}); pack it with one "
                 f"of the suffixes {self.input_key.replace(';', ', ')}"
             )
@@ -172,7 +174,7 @@ class Shards(TellsFaults, IterableDataset[Sample]):
             if target < 0:
                 raise ValueError(f"it is {target}")
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise DataError(
                 f"shard {shard.name}, sample {raw['__key__']}: no class in its {where} "
                 f"({type(error).__name__}: {error}); write a number from 0 on into it"
             ) from error
@@ -249,13 +251,13 @@ def _read_whole(shard: Shard) -> Iterator[dict[str, Any]]:
         raise _broken(shard.name, error) from error
 
 
-def _wrong_length(shard: Shard, found: str) -> ValueError:
-    return ValueError(
+def _wrong_length(shard: Shard, found: str) -> DataError:
+    return DataError(
         f"shard {shard.name} holds {found}, but {shard.source} {shard.length}; fetch it again, or correct the length"
     )
 
 
-def _broken(name: str, error: Exception) -> ValueError:
+def _broken(name: str, error: Exception) -> DataError:
     # webdataset appends streams and addresses to an exception's arguments, tarfile has line breaks in them
     reason = next((item for item in error.args if isinstance(item, str)), type(error).__name__)
-    return ValueError(f"shard {name} is no whole tar file ({' '.join(reason.split())}); fetch it again")
+    return DataError(f"shard {name} is no whole tar file ({' '.join(reason.split())}); fetch it again")

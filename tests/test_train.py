@@ -6,39 +6,40 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from helpers import relative_error
 from timm.models import create_model, load_checkpoint
-from training_helpers import CONFIGS, MICRO, TREE, command, flatten, unflatten, write_images
+from training_helpers import (
+    AUGMENTED,
+    CONFIGS,
+    MICRO,
+    TIMING,
+    TREE,
+    command,
+    flatten,
+    metrics,
+    micro_run,
+    only_line,
+    write_config,
+    write_images,
+)
 
 import train
 import validate
 from sgconvnext import checkpoint, engine
 from sgconvnext.config import Config, load_config, to_dict
 
-TIMING = ["images_per_s", "data_wait", "memory_gib"]  # all else of a run is the same when it is repeated
 KEYS = [
     *("epoch", "train_loss", "val_top1", "val_top5", "val_loss"),
     *("lr", "grad_norm", "skipped", "unreadable", *TIMING),
 ]
 EMA_KEYS = [*KEYS[:5], "ema_top1", "ema_top5", "ema_loss", *KEYS[5:]]
 LINE = re.compile(r"^epoch (\d+) update (\d+)/(\d+) loss (\d+\.\d+) ", re.MULTILINE)
-
-
-def write_config(path: Path, **changes: Any) -> Path:
-    """TREE with changes as a file."""
-    path.write_text(yaml.safe_dump(unflatten(flatten(TREE) | changes)))
-    return path
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(log: str) -> list[float]:
@@ -53,33 +54,6 @@ def weights(path: Path, key: str = "state_dict") -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in checkpoint.load(path)[key].values()])
 
 
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """The scripts set up logging for themselves; take it away again."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], _ = handlers, root.setLevel(level)
-
-
-@pytest.fixture
-def run_here(monkeypatch: pytest.MonkeyPatch, quiet: None) -> Callable[..., None]:
-    """train.py or validate.py in this process: seconds faster than another one."""
-
-    def run(script: Any, *arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-        script.main()
-
-    return run
-
-
-def micro_run(run_here: Callable[..., None], folder: Path, *overrides: str, **changes: Any) -> Path:
-    """Train into folder/out; returns it."""
-    folder.mkdir(exist_ok=True)
-    run_here(train, write_config(folder / "a.yaml", **changes), f"out={folder / 'out'}", *overrides)
-    return folder / "out"
-
-
 def validated(
     run_here: Callable[..., None], capsys: pytest.CaptureFixture[str], *arguments: object
 ) -> dict[str, float]:
@@ -88,26 +62,6 @@ def validated(
     [line] = capsys.readouterr().out.splitlines()
     result: dict[str, float] = json.loads(line)
     return result
-
-
-@pytest.fixture
-def refusal(run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The one line with which a script ends, exit code 2."""
-
-    def told(script: Any, *arguments: object) -> str:
-        with pytest.raises(SystemExit) as stopped:
-            run_here(script, *arguments)
-        assert stopped.value.code == 2
-        return only_line(script.__name__, capsys.readouterr().err)
-
-    return told
-
-
-def only_line(script: str, stderr: str) -> str:
-    assert stderr.startswith(f"{script}.py: error: ")
-    assert stderr.endswith("\n")
-    assert stderr.count("\n") == 1, stderr
-    return stderr
 
 
 # ---- one run, looked at from all sides
@@ -315,17 +269,6 @@ def test_same_seed_gives_the_same_run_and_another_seed_another(run_here: Callabl
     assert not torch.equal(first, other)
     first_loss, again_loss, other_loss = (metrics(run)[0]["train_loss"] for run in runs)
     assert first_loss == again_loss != other_loss
-
-
-AUGMENTED = {
-    "augment.scale": [0.5, 1.0],
-    "augment.hflip": 0.5,
-    "augment.auto_augment": "rand-m9-mstd0.5-inc1",
-    "augment.reprob": 0.5,
-    "augment.mixup": 0.8,
-    "augment.cutmix": 1.0,
-    "model.drop_path": 0.3,
-}
 
 
 def test_resume_auto_starts_anew_where_there_is_nothing(run_here: Callable[..., None], tmp_path: Path) -> None:

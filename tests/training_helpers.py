@@ -1,9 +1,11 @@
-"""What the tests of the training half share: a run of seconds, image folders, the commands as a user types them."""
+"""What the tests of the training half share: a run of seconds, image folders, the commands, a run's fingerprint."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+import yaml
 from PIL import Image
 from timm.utils import ModelEmaV3
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader, Dataset
 
-from sgconvnext import build, data, engine, optim
+import train
+from sgconvnext import build, checkpoint, data, engine, optim
 from sgconvnext.config import Config, from_dict, merge
 from sgconvnext.distributed import World
 from sgconvnext.images import Batch, Sample, TellsFaults, collate_readable
@@ -145,16 +149,84 @@ def write_images(root: Path, splits: dict[str, dict[str, int]], size: int = 32) 
     return root
 
 
+def command_line(*arguments: object, processes: int = 0, restarts: int = 0) -> list[str]:
+    """A script of ours by itself, or under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = [*torchrun, f"--max-restarts={restarts}"] if processes else []
+    return [sys.executable, *launcher, *map(str, arguments)]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """One thread a process, and the loopback interface only."""
+    loopback = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
+    return os.environ | loopback | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | variables
+
+
 def command(*arguments: object, processes: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run train.py or validate.py by itself, or under torchrun, on the loopback interface only."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
-    loopback = "lo" if sys.platform == "linux" else "lo0"
+    """Run train.py or validate.py to its end."""
     return subprocess.run(
-        [sys.executable, *torchrun, *map(str, arguments)],
+        command_line(*arguments, processes=processes),
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": loopback},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
+
+
+TIMING = ["images_per_s", "data_wait", "memory_gib"]  # all else of a run is the same when it is repeated
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of the weights, their average, the optimiser, the loss scale and the metrics in a checkpoint."""
+    state, sha256 = checkpoint.load(path), hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            sha256.update(value.contiguous().numpy().tobytes())
+        elif isinstance(value, dict | list | tuple):
+            for item in value.items() if isinstance(value, dict) else value:
+                add(item)
+        else:
+            sha256.update(repr(value).encode())
+
+    for key in ("state_dict", "state_dict_ema", "optimizer", "amp_scaler", "best"):
+        add(state.get(key))
+    add([{key: value for key, value in line.items() if key not in TIMING} for line in state["history"]])
+    return sha256.hexdigest()
+
+
+def write_config(path: Path, **changes: Any) -> Path:
+    """TREE with changes as a file."""
+    path.write_text(yaml.safe_dump(unflatten(flatten(TREE) | changes)))
+    return path
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+AUGMENTED = {
+    "augment.scale": [0.5, 1.0],
+    "augment.hflip": 0.5,
+    "augment.auto_augment": "rand-m9-mstd0.5-inc1",
+    "augment.reprob": 0.5,
+    "augment.mixup": 0.8,
+    "augment.cutmix": 1.0,
+    "model.drop_path": 0.3,
+}
+
+
+def micro_run(run_here: Callable[..., None], folder: Path, *overrides: str, **changes: Any) -> Path:
+    """Train into folder/out; returns it."""
+    folder.mkdir(exist_ok=True)
+    run_here(train, write_config(folder / "a.yaml", **changes), f"out={folder / 'out'}", *overrides)
+    return folder / "out"
+
+
+def only_line(script: str, stderr: str) -> str:
+    assert stderr.startswith(f"{script}.py: error: ")
+    assert stderr.endswith("\n")
+    assert stderr.count("\n") == 1, stderr
+    return stderr

@@ -1,0 +1,217 @@
+"""A run that was stopped anywhere and resumed ends bit for bit as the run that never stopped, and how it would not."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_helpers import (
+    AUGMENTED,
+    TIMING,
+    command,
+    fingerprint,
+    metrics,
+    micro_run,
+    write_config,
+    write_images,
+)
+
+import train
+from sgconvnext import engine, optim, rng
+
+# everything that draws random numbers or keeps a state, in 2 epochs of 5 updates of 2 forwards
+WHOLE = AUGMENTED | {"ema.decay": 0.9, "optim.batch_per_device": 8, "optim.warmup_epochs": 1, "optim.clip_grad": 1.0}
+Run = Callable[..., None]
+
+
+def same_run(got: Path, want: Path) -> bool:
+    lines = [[{**line, **dict.fromkeys(TIMING)} for line in metrics(out)] for out in (got, want)]
+    return fingerprint(got / "last.pth") == fingerprint(want / "last.pth") and lines[0] == lines[1]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run that is never stopped, with any knobs, made once."""
+    made: dict[str, Path] = {}
+
+    def run(run_here: Run, **knobs: Any) -> Path:
+        key = repr(sorted(knobs.items()))
+        if key not in made:
+            made[key] = micro_run(run_here, tmp_path_factory.mktemp("straight"), **knobs)
+        return made[key]
+
+    return run
+
+
+def stop_in(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM comes during the update of that number, counted over the run."""
+    original = engine.train_update
+
+    def counted(t: engine.Training, batches: Any, progress: engine.Progress, lr: float) -> Any:
+        if progress.epoch * 5 + progress.update + 1 == update:
+            t.stop.received = signal.SIGTERM
+        return original(t, batches, progress, lr)
+
+    monkeypatch.setattr(engine, "train_update", counted)
+
+
+def stopped(run_here: Run, folder: Path, update: int, **knobs: Any) -> Path:
+    with pytest.MonkeyPatch.context() as patched:
+        stop_in(update, patched)
+        with pytest.raises(SystemExit, match="143"):
+            micro_run(run_here, folder, "resume=auto", **knobs)
+    return folder / "out"
+
+
+@pytest.mark.parametrize("update", [1, 3, 5, 6, 9, 10])  # 5 and 10 are followed by an evaluation, which is given up
+def test_stop_at_any_update_changes_nothing(
+    update: int, straight: Callable[..., Path], run_here: Run, tmp_path: Path
+) -> None:
+    out = stopped(run_here, tmp_path, update, **WHOLE)
+    assert len(metrics(out)) == (update - 1) // 5
+    micro_run(run_here, tmp_path, "resume=auto", **WHOLE)
+    assert same_run(out, straight(run_here, **WHOLE))
+
+
+def test_many_stops_change_nothing_nor_do_loader_workers(
+    straight: Callable[..., Path], run_here: Run, tmp_path: Path
+) -> None:
+    for update, workers in [(2, 2), (4, 0), (8, 1)]:
+        out = stopped(run_here, tmp_path, update, **WHOLE, **{"data.workers": workers})
+    micro_run(run_here, tmp_path, "resume=auto", **WHOLE, **{"data.workers": 2})
+    assert same_run(out, straight(run_here, **WHOLE))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_stop_changes_nothing_in_mixed_precision(
+    precision: str, straight: Callable[..., Path], run_here: Run, tmp_path: Path
+) -> None:
+    knobs = WHOLE | {"run.precision": precision}
+    out = stopped(run_here, tmp_path, 3, **knobs)
+    micro_run(run_here, tmp_path, "resume=auto", **knobs)
+    assert same_run(out, straight(run_here, **knobs))
+
+
+def test_stop_at_an_epochs_end_changes_nothing(
+    straight: Callable[..., Path], run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        original = train.Run.finish_epoch
+
+        def killed(run: train.Run, metrics: dict[str, float]) -> None:
+            original(run, metrics)
+            raise KeyboardInterrupt
+
+        patched.setattr(train.Run, "finish_epoch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            micro_run(run_here, tmp_path, **WHOLE)
+    assert len(metrics(tmp_path / "out")) == 1
+    out = micro_run(run_here, tmp_path, "resume=auto", **WHOLE)
+    assert same_run(out, straight(run_here, **WHOLE))
+
+
+@pytest.mark.parametrize("kept_from_the_run", ["epoch", "metrics"])
+def test_kill_between_the_files_of_an_epoch_changes_nothing(
+    kept_from_the_run: str, straight: Callable[..., Path], run_here: Run, tmp_path: Path
+) -> None:
+    """The checkpoint was written, but then neither the link best.pth nor the line of metrics."""
+    with pytest.MonkeyPatch.context() as patched:
+        where = (
+            "sgconvnext.checkpoint.Folder.point" if kept_from_the_run == "epoch" else "sgconvnext.watch.Watch.epoch"
+        )
+        patched.setattr(where, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            micro_run(run_here, tmp_path, **WHOLE)
+    out = micro_run(run_here, tmp_path, "resume=auto", **WHOLE)
+    assert same_run(out, straight(run_here, **WHOLE))
+    assert fingerprint(out / "best.pth") == fingerprint(straight(run_here, **WHOLE) / "best.pth")
+
+
+SHARDS = {"data.dataset": "wds/toy", "data.train_samples": None, "data.val_samples": None, "model.num_classes": 2}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stop_changes_nothing_for_shards(workers: int, run_here: Run, tmp_path: Path, shard_folder: Path) -> None:
+    names = {"data.root": str(shard_folder), "data.train_split": "train-{0..2}.tar", "data.val_split": "val-0.tar"}
+    knobs = WHOLE | SHARDS | names | {"data.workers": workers}
+    whole = micro_run(run_here, tmp_path / "whole", **knobs)
+    out = stopped(run_here, tmp_path / "stopped", 3, **knobs)
+    micro_run(run_here, tmp_path / "stopped", "resume=auto", **knobs)
+    assert same_run(out, whole)
+
+
+@pytest.fixture
+def shard_folder(tmp_path: Path) -> Path:
+    """90 training images in three shards and 9 validation images in one."""
+    wds = pytest.importorskip("webdataset")
+    write_images(tmp_path / "images", {"all": {"a": 50, "b": 50}})
+    files = sorted((tmp_path / "images").rglob("*.png"))
+    for name, part in {
+        "train-0": files[:20],
+        "train-1": files[20:65],
+        "train-2": files[65:90],
+        "val-0": files[91:],
+    }.items():
+        with wds.TarWriter(str(tmp_path / f"{name}.tar")) as tar:
+            for file in part:
+                content = {"png": file.read_bytes(), "cls": int(file.parent.name == "b")}
+                tar.write({"__key__": f"{file.parent.name}{file.stem}", **content})
+    return tmp_path
+
+
+def forget_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rng, "restore", lambda *_: None)
+
+
+def forget_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "load_state", lambda *_: None)
+
+
+def forget_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = train.checkpoint.weights
+    monkeypatch.setattr(train.checkpoint, "weights", lambda state, _, path: original(state, False, path))
+
+
+def forget_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = engine.Progress
+
+    def progress(epoch: int, update: int = 0, **_: Any) -> engine.Progress:
+        return original(epoch, update)
+
+    monkeypatch.setattr(engine, "Progress", progress)
+
+
+def repeat_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = train.data.TrainLoader.epoch
+    monkeypatch.setattr(train.data.TrainLoader, "epoch", lambda loader, number, skip: original(loader, number, 0))
+
+
+@pytest.mark.parametrize(
+    "forget", [forget_random_numbers, forget_optimizer, forget_average, forget_sums, repeat_batches]
+)
+def test_run_that_does_not_take_everything_up_ends_otherwise(
+    forget: Callable[[pytest.MonkeyPatch], None],
+    straight: Callable[..., Path],
+    run_here: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = stopped(run_here, tmp_path, 3, **WHOLE)
+    forget(monkeypatch)
+    micro_run(run_here, tmp_path, "resume=auto", **WHOLE)
+    assert not same_run(out, straight(run_here, **WHOLE))
+
+
+def test_two_processes_that_stop_in_the_middle_change_nothing(tmp_path: Path) -> None:
+    knobs = WHOLE | {"optim.batch_per_device": 4, "data.workers": 2}
+    path = write_config(tmp_path / "a.yaml", **knobs)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert command("train.py", path, f"out={whole}", processes=2).returncode == 0
+    for number in (3, 4):  # the second time from the third update: in the second epoch
+        done = command("tests/stopping.py", number, path, f"out={out}", "resume=auto", processes=2)
+        assert done.returncode != 0
+        assert "exitcode: 143" in done.stderr.replace("exitcode  : 143", "exitcode: 143")
+        assert "SIGTERM: stopped after" in done.stderr
+    assert command("train.py", path, f"out={out}", "resume=auto", processes=2).returncode == 0
+    assert same_run(out, whole)
