@@ -360,13 +360,14 @@ class Run:
             self.failures += 1
             if self.failures >= self.config.save.max_failures:
                 raise OSError(f"{error}; given up after {self.failures} failures in a row, {self.last()}") from error
-            _logger.warning("%s; %s, and the run goes on", error, self.last())
+            if self.world.is_first:
+                _logger.warning("%s; %s, and the run goes on", error, self.last())
             return False
         self.failures, self.saved = 0, path
         return True
 
     def last(self) -> str:
-        return f"the last good checkpoint is {self.saved}"
+        return f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
 
     def state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         """All that a run needs to go on, under timm's names where it has one."""

@@ -48,7 +48,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
             hashing = _Hashing(file)
             torch.save(state, hashing)  # type: ignore[arg-type]  # it needs no more of a file than write
             _flush(file)
-        _replace(checksum_of(path), f"{hashing.sha256.hexdigest()}  {path.name}\n".encode())
+        write_whole(checksum_of(path), f"{hashing.sha256.hexdigest()}  {path.name}\n".encode())
         partial.replace(path)
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
@@ -62,12 +62,17 @@ def checksum_of(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _replace(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all: into one beside it, flushed to the disk, then renamed over it."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        _flush(file)
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            _flush(file)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _flush(file: BinaryIO) -> None:

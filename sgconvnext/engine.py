@@ -163,7 +163,7 @@ def _explain(
     t: Training, progress: Progress, used: list[Batch], drawn: dict[str, Any], own_loss: float, lr: float
 ) -> NonFiniteError:
     """Run the update's forwards again, from the same random numbers, to name the culprit on each process."""
-    culprit = None
+    culprit: str | None = None
     if not math.isfinite(own_loss):
         rng.restore(drawn, t.world.device)
         for batch in used:
@@ -175,8 +175,9 @@ def _explain(
         "culprit": culprit or (first_gradient(t.model) if math.isfinite(own_loss) else "the loss"),
         "places": torch.cat([batch.places for batch in used]).tolist(),
     }
-    ranks = [other for other in t.world.gather(own) if other["culprit"]]
-    first = next((rank for rank in ranks if not math.isfinite(rank["loss"])), ranks[0])
+    ranks = t.world.gather(own)  # one whose loss was finite got its gradient from the others
+    ranks = [rank for rank in ranks if not math.isfinite(rank["loss"])] or ranks
+    first = ranks[0]
     where = f"epoch {progress.epoch}, update {progress.update + 1}, rank {first['rank']}"
     what = f"loss {first['loss']:.4g}, gradient norm {progress.grad_norm:.4g}, first not finite: {first['culprit']}"
     skips = f"after {progress.skipped_in_a_row} skipped updates " if t.scaler.is_enabled() else ""

@@ -20,23 +20,25 @@ def first_module(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:
     """The first module, in the order of computation, whose output is not finite when ``forward`` runs again.
 
     Returns:
-        Its name; "the images" or "the loss" where it is not the network's doing; None where all is finite.
+        Its name, or "the input of" it after an operation that is no module; "the images" or "the loss" where it is
+        not the network's doing; None where all is finite.
     """
     found: list[str] = []
+    finite: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not _finite(output):
+            if found:
+                return
+            if not _finite(inputs):  # of no module's making
+                found.append(f"the input of {name}" if finite else "the images")
+            elif not _finite(output):
                 found.append(name)
+            finite.append(name)
 
         return hook
 
-    def see_images(module: nn.Module, inputs: Any) -> None:
-        if not found and not _finite(inputs):
-            found.append("the images")
-
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-    hooks.append(model.register_forward_pre_hook(see_images))
     try:
         with torch.no_grad():
             loss = forward()

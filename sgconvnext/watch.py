@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from .checkpoint import write_whole
 from .config import Config, to_dict
 
 _logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Lines:
         self.path = path
 
     def write(self, history: list[Metrics]) -> None:
-        _replace(self.path, "".join(json.dumps(metrics) + "\n" for metrics in history).encode())
+        write_whole(self.path, "".join(json.dumps(metrics) + "\n" for metrics in history).encode())
 
     def close(self) -> None:
         pass
@@ -157,7 +158,7 @@ class WandB:
             raise ValueError(
                 f"watch.wandb={project!r} is refused ({_one_line(error)}); run wandb login, or set WANDB_MODE=offline"
             ) from error
-        _replace(kept, self.run.id.encode())
+        write_whole(kept, self.run.id.encode())
 
     def write(self, history: list[Metrics]) -> None:
         self.run.log(_scalars(history[-1]), step=int(history[-1]["epoch"]))
@@ -192,7 +193,7 @@ def draw(history: list[Metrics], path: Path) -> None:
     figure.suptitle(f"{path.resolve().parent.name}: {_best(history)}")
     png = io.BytesIO()
     figure.savefig(png, format="png")
-    _replace(path, png.getvalue())
+    write_whole(path, png.getvalue())
 
 
 def _draw_panel(panel: Any, heading: str, history: list[Metrics]) -> None:
@@ -243,9 +244,3 @@ def _scalars(metrics: Metrics) -> Metrics:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(content)
-    beside.replace(path)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import math
 import sys
 from pathlib import Path
@@ -73,16 +74,15 @@ def test_full_disk_costs_a_warning_and_no_line(
     watching = Watch(config_in(tmp_path), [])
     watching.epoch(epochs(1)[0])
 
-    def full(path: Path, content: bytes) -> int:
-        with path.open("wb") as file:
-            file.write(content[: len(content) // 2])
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(os, "fsync", full)
         for metrics in epochs(3)[1:]:
             watching.epoch(metrics)
     assert lines(tmp_path) == epochs(1)
+    assert not list(tmp_path.glob("*.partial"))
     [warning] = caplog.records
     assert warning.levelno == logging.WARNING
     assert "metrics.jsonl failed ([Errno 28] No space left on device)" in warning.message

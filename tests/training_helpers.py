@@ -162,10 +162,10 @@ def environment(**variables: str) -> dict[str, str]:
     return os.environ | loopback | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | variables
 
 
-def command(*arguments: object, processes: int = 0) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, processes: int = 0, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     """Run train.py or validate.py to its end."""
     return subprocess.run(
-        command_line(*arguments, processes=processes),
+        command_line(*arguments, processes=processes, restarts=restarts),
         cwd=ROOT,
         env=environment(),
         capture_output=True,

@@ -1,0 +1,23 @@
+"""A run that is killed at random moments, by signals that can and cannot be caught, ends as if it never had been."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from kills import restart, survive
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+
+
+def test_run_survives_twelve_kills_at_random_moments(tmp_path: Path) -> None:
+    assert len(survive(tmp_path, kills=12, processes=0, seed=0)) == 12
+
+
+def test_run_of_two_processes_survives_four_kills_of_torchrun(tmp_path: Path) -> None:
+    assert len(survive(tmp_path, kills=4, processes=2, seed=1)) == 4
+
+
+def test_torchrun_restarts_a_run_whose_processes_are_killed_four_times(tmp_path: Path) -> None:
+    log = restart(tmp_path, kills=4, seed=2)
+    assert log.count("disk: ") == 5  # it started once, and four times again
+    assert "best top-1" in log
