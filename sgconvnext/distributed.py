@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .signals import follow_parent
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -77,6 +79,7 @@ def start(device: str) -> World:
     where = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if "RANK" not in os.environ:
         return World(rank=0, size=1, device=where)
+    follow_parent()
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=where if on_cuda else None)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=where)
 

@@ -1,12 +1,15 @@
 """SIGTERM and SIGINT end a run with a checkpoint, a second one ends it at once."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from types import FrameType, TracebackType
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 ECHO_S = 1.0  # launchers may pass on a signal that has reached the process already: not yet a second request
 
 
@@ -47,6 +50,12 @@ class StopRequest:
     def exit_code(self) -> int:
         """As a shell reports a process that the signal ended."""
         return 128 + self.agreed
+
+
+def follow_parent() -> None:
+    """Be asked to stop (SIGTERM) when torchrun dies without a word, so that no process of a run trains on alone."""
+    if sys.platform == "linux":  # no other system has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def leave_process_group(worker: int) -> None:

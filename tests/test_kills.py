@@ -1,10 +1,12 @@
 """A run that is killed at random moments, by signals that can and cannot be caught, ends as if it never had been."""
 
+import random
+import signal
 import sys
 from pathlib import Path
 
 import pytest
-from kills import restart, survive
+from kills import Killed, restart, survive
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
@@ -15,6 +17,12 @@ def test_run_survives_twelve_kills_at_random_moments(tmp_path: Path) -> None:
 
 def test_run_of_two_processes_survives_four_kills_of_torchrun(tmp_path: Path) -> None:
     assert len(survive(tmp_path, kills=4, processes=2, seed=1)) == 4
+
+
+def test_processes_stop_when_torchrun_is_killed(tmp_path: Path) -> None:
+    run = Killed(tmp_path, 2, random.Random(0))
+    assert not run.kill(signal.SIGKILL, 0.5)  # and then no process is left
+    assert "SIGTERM: stopped after" in (tmp_path / "0.log").read_text()
 
 
 def test_torchrun_restarts_a_run_whose_processes_are_killed_four_times(tmp_path: Path) -> None:
