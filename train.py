@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -211,7 +212,8 @@ class Run:
             if self.progress.update == 0 and score(self.history[-1]) >= self.best:
                 self.folder.point("best.pth", self.saved)  # a kill may have come between checkpoint and link
         self.watch = Watch(self.config, self.history)
-        (self.folder.path / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+        text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
+        checkpoint.write_whole(self.folder.path / "config.yaml", text.encode())
 
     def end(self) -> None:
         if self.watch:
@@ -220,10 +222,12 @@ class Run:
     def reported(self, error: NonFiniteError) -> Exception:
         """Write down what a replay of the update needs, the images by path; the error, with the place of the file."""
         path = self.folder.path / "nonfinite.json"
-        if self.world.is_first:
-            for rank in error.report["ranks"]:
-                rank["images"] = [self.images.name(place) for place in rank["places"]]
-            path.write_text(json.dumps(error.report, indent=1) + "\n")
+        for rank in error.report["ranks"]:
+            rank["images"] = [self.images.name(place) for place in rank["places"]]
+        try:
+            self.world.on_first(lambda: checkpoint.write_whole(path, json.dumps(error.report, indent=1).encode()))
+        except OSError as full:
+            return FloatingPointError(f"{error}; {path}, with its images, cannot be written: {full}")
         return FloatingPointError(f"{error}; its images are listed in {path}")
 
     def train(self) -> None:
@@ -437,4 +441,5 @@ def claim(out: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; there is nothing to save until training begins
     main()

@@ -17,7 +17,7 @@ from .config import Data as DataConfig
 from .distributed import World
 from .images import Batch, Images, collate, collate_readable
 from .shards import Shards
-from .signals import leave_process_group
+from .signals import settle_worker
 
 # timm's and torchvision's own names of a split; with any other name torchvision would quietly take the test images
 TRAIN_NAMES = ("train", "training")
@@ -276,7 +276,7 @@ def _loader_options(config: Config, world: World) -> dict[str, Any]:
     return {
         "num_workers": config.data.workers,
         "pin_memory": config.data.pin_memory and world.device.type == "cuda",
-        "worker_init_fn": leave_process_group,
+        "worker_init_fn": settle_worker,
     }
 
 

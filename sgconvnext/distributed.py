@@ -1,6 +1,7 @@
 """The processes of a run: one per device, started by torchrun, or a single one."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def start(device: str) -> World:
     where = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if "RANK" not in os.environ:
         return World(rank=0, size=1, device=where)
-    follow_parent()
+    follow_parent(signal.SIGTERM)  # no process of a run trains on alone when torchrun is killed
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=where if on_cuda else None)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=where)
 

@@ -18,6 +18,9 @@ FREE = {
     *("run.device", "run.cudnn_benchmark", "run.max_skips", "run.log_every", "save.every", "save.keep"),
     *("save.max_failures", "watch.tensorboard", "watch.wandb"),
 }
+# What decides how far into an epoch so many updates are; shards are cut by more
+ORDER = {"optim.global_batch", "training_images", "seed"}
+SHARD_ORDER = {"processes", "optim.batch_per_device", "data.workers"}
 
 
 def find(config: Config, folder: Folder) -> Path | None:
@@ -68,9 +71,14 @@ def refuse_changes(state: dict[str, Any], config: Config, now: dict[str, Any], p
     after = _flat(to_dict(config)) | now
     allowed = _allowed(config.allow_change, [*after])
     sharded = config.data.dataset.startswith("wds/")  # whose order depends on the workers
-    for key in sorted(after):
-        free = key in FREE and not (sharded and key == "data.workers")
-        if before.get(key) != after[key] and not free and not any(_covers(name, key) for name in allowed):
+    free = FREE - {"data.workers"} if sharded else FREE
+    for key in sorted(key for key in after if before.get(key) != after[key] and key not in free):
+        if state["progress"]["update"] and key in ORDER | (SHARD_ORDER if sharded else set()):
+            raise ValueError(
+                f"resume={str(path)!r} is in the middle of an epoch, where {key}={before.get(key)} cannot become "
+                f"{after[key]}; change it at an epoch's end, from a checkpoint-*-000000.pth"
+            )
+        if not any(_covers(name, key) for name in allowed):
             raise ValueError(
                 f"resume={str(path)!r} was written with {key}={before.get(key)}, now it is {after[key]}; go on with "
                 f"the former, allow_change={key} to change it, or start anew with model.checkpoint"

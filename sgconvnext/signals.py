@@ -52,12 +52,17 @@ class StopRequest:
         return 128 + self.agreed
 
 
-def follow_parent() -> None:
-    """Be asked to stop (SIGTERM) when torchrun dies without a word, so that no process of a run trains on alone."""
-    if sys.platform == "linux":  # no other system has it
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def follow_parent(number: signal.Signals) -> None:
+    """Get that signal when the parent dies without a word. Linux only; elsewhere nothing happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
-def leave_process_group(worker: int) -> None:
-    """For loader workers: torchrun and Ctrl-C signal the whole group, but the run still needs its workers to save."""
+def settle_worker(worker: int) -> None:
+    """For loader workers: a process group of their own, and no life after the run's.
+
+    torchrun and Ctrl-C signal the whole group, but the run needs its workers until it has saved; and a worker that
+    outlived a killed run would hold the lock on its folder for seconds.
+    """
     os.setpgid(0, 0)
+    follow_parent(signal.SIGKILL)

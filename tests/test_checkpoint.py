@@ -333,10 +333,10 @@ def link(folder: checkpoint.Folder, name: str) -> str:
 
 
 def test_newest_position_comes_first_whatever_was_written_last(tmp_path: Path) -> None:
-    folder = run(tmp_path, (1, 0), (10000, 0), (9, 5), (0, 1000000), (9, 10), (10, 0))
+    folder = run(tmp_path, (1, 0), (10000, 0), (9, 5), (0, 1000000), (0, 200000), (9, 10), (9999, 0))
     for name in ("checkpoint-1.pth", "checkpoint-0099-000000.pth.aside", "best-0099-000000.pth", "model.pth"):
         (tmp_path / name).touch()
-    assert positions(folder) == [(10000, 0), (10, 0), (9, 10), (9, 5), (1, 0), (0, 1000000)]
+    assert positions(folder) == [(10000, 0), (9999, 0), (9, 10), (9, 5), (1, 0), (0, 1000000), (0, 200000)]
     assert [folder.place(*position) for position in positions(folder)] == folder.files()
 
 

@@ -63,7 +63,7 @@ import multiprocessing, runpy, sys, time
 signals = runpy.run_path(sys.argv[1])
 
 def work():
-    signals["leave_process_group"](0)
+    signals["settle_worker"](0)
     print("ready", flush=True)
     time.sleep(60)
 

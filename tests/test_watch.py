@@ -2,8 +2,8 @@
 
 import json
 import logging
-import os
 import math
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
