@@ -205,9 +205,9 @@ class Run:
     def begin(self) -> None:
         """Make the output folder say what this run is and where it stands; nothing in it is lost."""
         self.folder.clear()
-        if self.saved is not None and self.saved in self.folder.files():
-            for aside in self.folder.set_aside(after=self.saved):
-                _logger.warning("set aside as %s: it is later than %s", aside, self.saved)
+        for aside in self.folder.set_aside(after=(self.progress.epoch, self.progress.update)):
+            _logger.warning("set aside as %s: it is later than %s", aside, self.saved)
+        if self.saved in self.folder.files():
             self.folder.point("last.pth", self.saved)
             if self.progress.update == 0 and score(self.history[-1]) >= self.best:
                 self.folder.point("best.pth", self.saved)  # a kill may have come between checkpoint and link

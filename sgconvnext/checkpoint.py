@@ -1,5 +1,6 @@
 """Checkpoint files in timm's keys: written whole or not at all, checked when read, and no code in them is run."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -35,24 +36,30 @@ class _Hashing:
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint and, beside it, ``path.sha256`` as the program sha256sum does.
 
-    Both go into a file of another name first, are flushed to the disk and then renamed; the checksum comes first, so
-    that no checkpoint is ever without it.
+    Both go into a file of another name first, are flushed to the disk and then renamed. The checksum comes first, and
+    beside it stays that of the file to be replaced, so that at no moment a checkpoint is without its own.
 
     Raises:
         OSError: the disk is full or broken; ``path`` is as it was before, and nothing half-written is left.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial, beside = path.with_name(path.name + ".partial"), checksum_of(path)
+    before = beside.read_bytes() if path.exists() and beside.exists() else b""
     hashing = None
     try:
         with partial.open("wb") as file:
             hashing = _Hashing(file)
             torch.save(state, hashing)  # type: ignore[arg-type]  # it needs no more of a file than write
             _flush(file)
-        write_whole(checksum_of(path), f"{hashing.sha256.hexdigest()}  {path.name}\n".encode())
+        line = f"{hashing.sha256.hexdigest()}  {path.name}\n".encode()
+        write_whole(beside, line + before)
         partial.replace(path)
+        if before:
+            write_whole(beside, line)
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # both lines would do as well
+            write_whole(beside, before) if before else beside.unlink()
         reason = (hashing and hashing.error) or error
         raise OSError(f"checkpoint {str(path)!r} cannot be written: {str(reason).splitlines()[0]}") from error
 
@@ -120,8 +127,8 @@ def _verify(path: Path) -> None:
     with real.open("rb") as file:
         while block := file.read(2**20):
             sha256.update(block)
-    stated = checksum_of(real).read_text(errors="replace").split()
-    if stated[:1] != [sha256.hexdigest()]:
+    stated = [line.split(" ")[0] for line in checksum_of(real).read_text(errors="replace").splitlines()]
+    if sha256.hexdigest() not in stated:
         raise ValueError(
             f"checkpoint {str(path)!r} is damaged: its SHA-256 is not the one in {checksum_of(real).name}; use another"
         )
@@ -190,9 +197,15 @@ class Folder:
 
     def files(self) -> list[Path]:
         """Newest position first."""
-        found = {path: re.fullmatch(r"checkpoint-(\d+)-(\d+)\.pth", path.name) for path in self.path.glob("*.pth")}
-        placed = {path: (int(match[1]), int(match[2])) for path, match in found.items() if match}
-        return sorted(placed, key=lambda path: placed[path], reverse=True)
+        return sorted(
+            (path for path in self.path.glob("*.pth") if self.position(path)), key=self.position, reverse=True
+        )
+
+    @staticmethod
+    def position(path: Path) -> tuple[int, ...]:
+        """Epochs and updates of a file by its name; () for any other file."""
+        match = re.fullmatch(r"checkpoint-(\d+)-(\d+)\.pth", path.name)
+        return tuple(map(int, match.groups())) if match else ()
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that reads well, and what is wrong with those after it.
@@ -229,19 +242,23 @@ class Folder:
         partial.symlink_to(path.name)
         partial.replace(self.path / link)
 
-    def set_aside(self, after: Path) -> list[Path]:
-        """Rename every checkpoint later than ``after`` to ``*.aside``: damaged, or of a run that went another way."""
-        files = self.files()
+    def set_aside(self, after: tuple[int, int]) -> list[Path]:
+        """Rename every checkpoint of a later position to ``*.aside``: damaged, or of a run that went another way."""
         renamed = []
-        for path in files[: files.index(after)] if after in files else []:
+        for path in [path for path in self.files() if self.position(path) > after]:
             free = path.with_name(path.name + ".aside")
             while free.exists():
                 free = free.with_name(free.name + "+")
-            pointing = [link for link in ("best.pth", "last.pth") if (self.path / link).resolve() == path.resolve()]
+            was_best = (self.path / "best.pth").resolve() == path.resolve()
             path.rename(free)
             if checksum_of(path).exists():
-                checksum_of(path).rename(checksum_of(free))
-            for link in pointing:
-                self.point(link, free if link == "best.pth" else after)
+                write_whole(checksum_of(free), checksum_of(path).read_text().replace(path.name, free.name).encode())
+                checksum_of(path).unlink()
+            if was_best:
+                self.point("best.pth", free)
             renamed.append(free)
+        if renamed and self.files():
+            self.point("last.pth", self.files()[0])
+        elif renamed:
+            (self.path / "last.pth").unlink(missing_ok=True)
         return renamed

@@ -172,7 +172,7 @@ def _explain(
     own = {
         "rank": t.world.rank,
         "loss": own_loss,
-        "culprit": culprit or (first_gradient(t.model) if math.isfinite(own_loss) else "the loss"),
+        "culprit": culprit or first_gradient(t.model) or "the gradient's norm",
         "places": torch.cat([batch.places for batch in used]).tolist(),
     }
     ranks = t.world.gather(own)  # one whose loss was finite got its gradient from the others

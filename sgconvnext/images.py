@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 UNREADABLE = 1
 # what Sample.fault and Batch.faults count; all but the unreadable ones are decoded
 FAULTS = ("", "unreadable", "CMYK", "palette", "16-bit", "EXIF-rotated", "very large")
-ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+ORIENTATION = 0x0112  # EXIF's tag; 1 is upright, 2 to 8 are turned or mirrored
 
 
 class DataError(ValueError):
@@ -32,21 +32,24 @@ class Sample(NamedTuple):
     target: int
     place: int  # the index in the dataset; in shards, the place in the epoch's order
     fault: int  # of FAULTS
+    reason: str = ""  # why it could not be read
 
 
 class Batch(NamedTuple):
-    """Images (B, 3, H, W) and their classes (B,); places and faults (N,) of all samples, the unreadable included."""
+    """Images (B, 3, H, W) and their classes (B,); places, faults and reasons of all N samples, read or not."""
 
     images: Tensor
     targets: Tensor
     places: Tensor
     faults: Tensor
+    reasons: list[str]
 
 
 class TellsFaults:
     """Logs every odd image once, by its place."""
 
-    told: frozenset[str] = frozenset()
+    def __init__(self) -> None:
+        self.told: set[str] = set()
 
     def name(self, place: int) -> str:
         """What a person finds the image by: its path, or its number."""
@@ -54,12 +57,12 @@ class TellsFaults:
 
     def tell(self, batch: Batch) -> None:
         """Log the odd images of a batch that were not told before."""
-        odd = batch.faults.nonzero().flatten()
-        for place, fault in zip(batch.places[odd].tolist(), batch.faults[odd].tolist(), strict=True):
-            name = self.name(place)
-            if name not in self.told:
-                self.told |= {name}
-                _logger.warning("%s image%s: %s", FAULTS[fault], ", left out" if fault == UNREADABLE else "", name)
+        for place, fault, reason in zip(batch.places.tolist(), batch.faults.tolist(), batch.reasons, strict=True):
+            name = self.name(place) if fault else ""
+            if fault and name not in self.told:
+                self.told.add(name)
+                line = "unreadable image, left out: %s (%s)" if fault == UNREADABLE else "%s image: %s"
+                _logger.warning(line, *((name, reason) if fault == UNREADABLE else (FAULTS[fault], name)))
 
 
 class Images(TellsFaults, Dataset[Sample]):
@@ -73,6 +76,7 @@ class Images(TellsFaults, Dataset[Sample]):
     """
 
     def __init__(self, source: Any, transform: Callable[[Any], Tensor], seed: int, upright: bool = False) -> None:
+        super().__init__()
         self.source, self.transform, self.seed, self.upright = source, transform, seed, upright
         self.epoch = 0
 
@@ -80,13 +84,15 @@ class Images(TellsFaults, Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
         target = -1
         with rng.stream(self.seed, self.epoch, index):
             try:
                 found, target = self._open(index)
                 image, fault = decode(found, self.upright)
-            except Exception:  # Pillow raises a dozen types for damaged files
-                return Sample(None, target, index, UNREADABLE)
+            except Exception as error:  # Pillow raises a dozen types for damaged files
+                return unreadable(target, index, error)
             return Sample(self.transform(image), int(target), index, fault)
 
     def _open(self, index: int) -> tuple[Image.Image, int]:
@@ -96,17 +102,16 @@ class Images(TellsFaults, Dataset[Sample]):
         file, target, *_ = self.source.reader[index]
         return Image.open(file), target
 
-    def name(self, index: int) -> str:
-        """The path of an image, where the dataset knows one, else its number; and why it cannot be read, if so."""
+    def name(self, place: int) -> str:
+        """The path of an image, where the dataset knows one, else its number."""
         if hasattr(self.source, "reader"):
-            name = str(self.source.reader.filename(index, absolute=True))
-        else:
-            name = str(self.source.samples[index][0]) if hasattr(self.source, "samples") else f"image {index}"
-        try:
-            decode(self._open(index)[0])
-        except Exception as error:
-            return f"{name} ({' '.join(str(error).split()) or type(error).__name__})"
-        return name
+            return str(self.source.reader.filename(place, absolute=True))
+        return str(self.source.samples[place][0]) if hasattr(self.source, "samples") else f"image {place}"
+
+
+def unreadable(target: int, place: int, error: Exception) -> Sample:
+    """What stands for an image that could not be read, with the reason in one line."""
+    return Sample(None, target, place, UNREADABLE, " ".join(str(error).split()) or type(error).__name__)
 
 
 def decode(image: Image.Image, upright: bool = False) -> tuple[Image.Image, int]:
@@ -116,7 +121,7 @@ def decode(image: Image.Image, upright: bool = False) -> tuple[Image.Image, int]
     greys are divided by 256; Pillow's own conversion makes everything above 255 white.
     """
     fault = FAULTS.index("very large") if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 2**62) else 0
-    if image.getexif().get(ORIENTATION, 1) != 1:
+    if image.getexif().get(ORIENTATION) in range(2, 9):
         fault = FAULTS.index("EXIF-rotated")
         image = ImageOps.exif_transpose(image) if upright else image
     if image.mode == "CMYK":
@@ -154,8 +159,12 @@ def _batch(shown: list[Sample], samples: list[Sample]) -> Batch:
     return Batch(images, torch.tensor([sample.target for sample in shown]), *_places(samples))
 
 
-def _places(samples: list[Sample]) -> tuple[Tensor, Tensor]:
-    return torch.tensor([s.place for s in samples]), torch.tensor([s.fault for s in samples])
+def _places(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    return (
+        torch.tensor([sample.place for sample in samples]),
+        torch.tensor([sample.fault for sample in samples]),
+        [sample.reason for sample in samples],
+    )
 
 
 # Pillow refuses more than twice MAX_IMAGE_PIXELS as a decompression bomb, and only warns of more than once; those are

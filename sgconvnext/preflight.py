@@ -29,8 +29,11 @@ def class_counts(dataset: Any) -> str:
     """How many images the classes have, for datasets that can tell without opening them."""
     source: Any = getattr(dataset, "source", None)
     targets = getattr(source, "targets", None)
-    if targets is None and hasattr(getattr(source, "reader", None), "samples"):
-        targets = [sample[1] for sample in source.reader.samples]
+    reader: Any = getattr(source, "reader", None)
+    if targets is None:
+        targets = getattr(reader, "targets", None)  # of a tar file
+    if targets is None and hasattr(reader, "samples"):
+        targets = [sample[1] for sample in reader.samples]
     if targets is None:
         return "images per class unknown"
     counts = Counter(int(target) for target in targets)
@@ -63,46 +66,53 @@ def disk(out: Path, size: int, keep: int) -> str:
 
 
 def rehearse(t: Training, channels_size: tuple[int, int, int]) -> str:
-    """One forward and backward of noise, after which model and random numbers are as before; the memory it takes.
+    """Forward and backward of noise, after which model and random numbers are as before; the memory they take.
 
-    On CUDA with the whole batch of a device, and measured. On the CPU with two images, to be quick: what backward
-    keeps for them is scaled to the batch, and weights, gradients, AdamW's averages and the EMA are added.
+    On CUDA once, with the whole batch of a device, and measured. On the CPU with two and four images, to be quick:
+    what backward keeps for them is drawn out to the batch; weights, gradients, AdamW's averages and the EMA are added.
 
     Raises:
         ValueError: out of memory, or more than the machine has.
     """
     device, whole = t.world.device, t.config.optim.batch_per_device
-    size = whole if device.type == "cuda" else min(2, whole)
-    targets = torch.zeros(size, dtype=torch.int64)
-    batch = Batch(torch.randn(size, *channels_size), targets, targets, targets)
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    counting = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with _untouched(t):
-        try:
-            with contextlib.nullcontext() if device.type == "cuda" else counting:
-                loss = forward_loss(t, t.model.forward, batch)  # not compiled: the first update will be
-            loss.backward()
-        except torch.OutOfMemoryError as error:
-            raise ValueError(_too_much(t, f"{torch.cuda.get_device_name(device)}'s memory")) from error
-        finally:
-            t.optimizer.zero_grad(set_to_none=True)
     weights = sum(p.numel() * p.element_size() for p in t.model.parameters())
     if device.type == "cuda":
+        _forward_backward(t, whole, channels_size)
         total = torch.cuda.mem_get_info(device)[1]
         need = torch.cuda.max_memory_allocated(device) + 2 * weights  # AdamW's averages come with its first step
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        own = {p.untyped_storage().data_ptr() for p in t.model.parameters()}
-        activations = sum(count for place, count in kept.items() if place not in own) * whole // size
-        need = weights * (4 if t.ema is None else 5) + activations
+        sizes = [2, 4] if whole > 4 else [whole, whole]  # mixup needs pairs
+        first, second = (_forward_backward(t, size, channels_size) for size in sizes)
+        kept = first + (second - first) * (whole - sizes[0]) // 2
+        need = weights * (4 if t.ema is None else 5) + kept
     if need > total:
         raise ValueError(_too_much(t, f"the {total / GIB:.1f} GiB of a {device.type} process: about {need / GIB:.1f}"))
     return f"about {need / GIB:.2f} GiB of the {total / GIB:.1f} GiB of a {device.type} process, loader workers apart"
+
+
+def _forward_backward(t: Training, size: int, channels_size: tuple[int, int, int]) -> int:
+    """Once, with so many images; the bytes that backward kept besides the parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in t.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with _untouched(t):
+        zeros = torch.zeros(size, dtype=torch.int64)
+        batch = Batch(torch.randn(size, *channels_size), zeros, zeros, zeros, [""] * size)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = forward_loss(t, t.model.forward, batch)  # not compiled: the first update will be
+            loss.backward()
+        except torch.OutOfMemoryError as error:
+            name = torch.cuda.get_device_name(t.world.device)
+            raise ValueError(_too_much(t, f"{name}'s memory")) from error
+    return sum(kept.values())
 
 
 def _too_much(t: Training, memory: str) -> str:
@@ -114,13 +124,15 @@ def _too_much(t: Training, memory: str) -> str:
 
 @contextlib.contextmanager
 def _untouched(t: Training) -> Iterator[None]:
-    """Put random numbers and buffers (running means of other models) back as they were."""
-    drawn = rng.state(t.world.device)
+    """Put random numbers, mode, gradients and buffers (running means of other models) back as they were."""
+    drawn, training = rng.state(t.world.device), t.model.training
     buffers = {name: buffer.clone() for name, buffer in t.model.named_buffers()}
     t.model.train()
     try:
         yield
     finally:
         rng.restore(drawn, t.world.device)
+        t.model.train(training)
+        t.optimizer.zero_grad(set_to_none=True)
         for name, buffer in t.model.named_buffers():
             buffer.copy_(buffers[name])

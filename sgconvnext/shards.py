@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from . import rng
-from .images import UNREADABLE, DataError, Sample, TellsFaults, decode
+from .images import DataError, Sample, TellsFaults, decode, unreadable
 
 # Undecoded samples a worker draws from: 5000 of ImageNet's, of 110 KB, are 0.55 GB and four of its usual shards;
 # decoded they would be five times that.
@@ -68,6 +68,7 @@ class Shards(TellsFaults, IterableDataset[Sample]):
         samples: int | None = None,
         upright: bool = False,
     ) -> None:
+        super().__init__()
         self.transform, self.training, self.seed, self.upright = transform, training, seed, upright
         self.input_key: str = reader.input_key
         self.target_key: str = reader.target_key or reader.split_info.alt_label  # "": the class is in a .cls file
@@ -161,8 +162,8 @@ class Shards(TellsFaults, IterableDataset[Sample]):
             )
         try:
             image, fault = decode(Image.open(BytesIO(file)), self.upright)
-        except Exception:  # Pillow raises a dozen types for damaged files
-            return Sample(None, target, place, UNREADABLE)
+        except Exception as error:  # Pillow raises a dozen types for damaged files
+            return unreadable(target, place, error)
         return Sample(self.transform(image), target, place, fault)
 
     def _target(self, shard: Shard, raw: dict[str, Any]) -> int:

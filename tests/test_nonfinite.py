@@ -191,7 +191,6 @@ def test_gradient_that_is_not_finite_names_its_parameter(precision: str) -> None
     assert same(contents(t), before)
 
 
-@pytest.mark.xfail(strict=True, reason="the message says: first not finite: None")
 def test_norm_that_overflows_over_finite_gradients_is_reported_too() -> None:
     t = training(config_of())
     inner = t.criterion

@@ -52,7 +52,6 @@ def test_rarest_and_commonest_class_of_a_folder_are_counted(tmp_path: Path) -> N
     assert counts == "1 (class 2) to 5 (class 1) images per class"
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="a tar file's samples have no class; its targets do")
 def test_classes_of_a_tar_file_are_counted(tmp_path: Path) -> None:
     write_images(tmp_path, {"train": {"ape": 2, "bat": 5}})
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
@@ -67,7 +66,9 @@ def test_classes_of_a_dataset_with_targets_are_counted_without_opening_it(target
     assert preflight.class_counts(dataset) == "2 (class 0) to 3 (class 3) images per class"
 
 
-@pytest.mark.parametrize("dataset", [data.create_split(micro_config(), train=True).dataset, object()], ids=str)
+@pytest.mark.parametrize(
+    "dataset", [data.create_split(micro_config(), train=True).dataset, object()], ids=["images", "unknown"]
+)
 def test_classes_that_only_opening_would_tell_are_unknown(dataset: Any) -> None:
     assert preflight.class_counts(dataset) == "images per class unknown"
 
@@ -201,11 +202,10 @@ def test_rehearsal_leaves_no_trace(name: str, precision: str) -> None:
     before, passes = contents(t), []
     next(t.model.parameters()).register_hook(lambda _: passes.append("backward"))
     preflight.rehearse(t, SIZE)
-    assert passes == ["backward"]
+    assert passes == ["backward"] * 2
     unchanged(t, before)
 
 
-@pytest.mark.xfail(strict=True, reason="the noise is drawn before the block that puts random numbers back")
 def test_rehearsal_leaves_random_numbers_as_they_were() -> None:
     t, drawn = training(micro_config(**ROUGH)), draws()
     preflight.rehearse(t, SIZE)
@@ -270,7 +270,7 @@ def kept_for_backward(t: engine.Training) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        engine.forward_loss(t, t.model, Batch(torch.randn(whole, *SIZE), targets, targets, targets))
+        engine.forward_loss(t, t.model, Batch(torch.randn(whole, *SIZE), targets, targets, targets, [""] * whole))
     return sum(storage.nbytes() for storage in storages.values())
 
 
@@ -280,13 +280,7 @@ def convnext(precision: str, batch: int) -> engine.Training:
     return training(micro_config(**knobs), timm.create_model("convnext_atto", num_classes=10))
 
 
-@pytest.mark.parametrize(
-    "precision",
-    [
-        "fp32",
-        pytest.param("bf16", marks=pytest.mark.xfail(strict=True, reason="weights' bf16 copies count once an image")),
-    ],
-)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_backward_keeps_of_the_weights_does_not_grow_with_the_batch(precision: str) -> None:
     t = convnext(precision, 128)
     weights = sum(parameter.numel() * 4 for parameter in t.model.parameters())

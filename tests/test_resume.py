@@ -110,9 +110,10 @@ def test_path_inside_is_found_under_the_name_that_the_folder_has_for_it(
 FACTS = resume.facts(processes=2, device="cpu", images=80)
 
 
-def written_by(config: Config) -> dict[str, Any]:
+def written_by(config: Config, update: int = 0) -> dict[str, Any]:
     """A checkpoint, as far as it is looked at here."""
-    return dict.fromkeys(resume.KEYS) | {"args": to_dict(config), "facts": dict(FACTS)}
+    progress = {"epoch": 3, "update": update}
+    return dict.fromkeys(resume.KEYS) | {"args": to_dict(config), "facts": dict(FACTS), "progress": progress}
 
 
 OTHER: dict[type, Any] = {
@@ -239,3 +240,26 @@ def test_knob_that_is_newer_than_the_checkpoint_had_its_default() -> None:
     resume.refuse_changes(state, micro_config(), FACTS, PATH)
     with refused("optim.eps=1e-08, now it is 1e-06"):
         resume.refuse_changes(state, micro_config(**{"optim.eps": 1e-6}), FACTS, PATH)
+
+
+@pytest.mark.parametrize("knob", ["optim.global_batch", "seed"])
+def test_order_of_an_epoch_cannot_change_in_its_middle(knob: str) -> None:
+    before = micro_config()
+    after = with_changed(before, knob)
+    after.allow_change = knob
+    resume.refuse_changes(written_by(before, update=0), after, FACTS, PATH)
+    with refused(str(PATH), "middle of an epoch", knob, "checkpoint-*-000000.pth"):
+        resume.refuse_changes(written_by(before, update=2), after, FACTS, PATH)
+
+
+def test_shares_of_shards_cannot_change_in_the_middle_of_an_epoch() -> None:
+    for dataset, free in [("synthetic", True), ("wds/toy", False)]:
+        before = micro_config(**{"data.dataset": dataset})
+        after = with_changed(before, "optim.batch_per_device")
+        after.allow_change = "optim.batch_per_device,processes"
+        facts = FACTS | {"processes": 3}
+        if free:
+            resume.refuse_changes(written_by(before, update=2), after, facts, PATH)
+        else:
+            with refused("middle of an epoch"):
+                resume.refuse_changes(written_by(before, update=2), after, facts, PATH)

@@ -220,7 +220,7 @@ def test_epoch_taken_up_in_its_middle_gives_the_rest_to_the_pixel(
         rest = load(open_shards(root, transform=augmented), 2, workers, epoch=1, rank=rank, size=size, skip=skip)
         assert len(rest) == len(whole) - skip
         for got, want in zip(rest, whole[skip:], strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), skip
+            assert all(torch.equal(a, b) for a, b in zip(got[:4], want[:4], strict=True)), skip
 
 
 def test_skipped_batches_are_not_decoded(root: Path) -> None:
@@ -434,12 +434,13 @@ def test_unreadable_image_is_told_by_its_shard(root: Path, caplog: pytest.LogCap
     caplog.clear()  # timm warns that there is no _info.json
     for batch in load(shards, 4, 0):
         shards.tell(batch)
-    assert caplog.messages == ["unreadable image, left out: train-001.tar, sample 1"]
+    [told] = caplog.messages
+    assert told.startswith("unreadable image, left out: train-001.tar, sample 1 (cannot identify image file")
 
 
 def test_unreadable_image_keeps_its_class(root: Path) -> None:
     pack(root / "train-000.tar", {"0": {"jpg": b"", "cls": b"2"}})
-    assert list(open_shards(root, "train-000.tar")) == [(None, 2, 0, UNREADABLE)]
+    assert [sample[:4] for sample in open_shards(root, "train-000.tar")] == [(None, 2, 0, UNREADABLE)]
 
 
 @pytest.mark.parametrize("upright", [False, True])

@@ -105,13 +105,14 @@ def batches_of(size: int, images: torch.Tensor, targets: torch.Tensor) -> Iterat
     """Batches as the training loader gives them, of images that are all well."""
     places = torch.arange(len(targets))
     parts = [part.split(size) for part in (images, targets, places, torch.zeros_like(places))]
-    return iter([Batch(*batch) for batch in zip(*parts, strict=True)])
+    return iter([Batch(*batch, [""] * len(batch[1])) for batch in zip(*parts, strict=True)])
 
 
 class Kept(TellsFaults, Dataset[Sample]):
     """Images and targets in memory, as samples; a target of -1 stands for an image that cannot be read."""
 
     def __init__(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+        super().__init__()
         self.images, self.targets = images, targets.tolist()
 
     def __len__(self) -> int:
