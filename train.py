@@ -11,11 +11,9 @@ its first update, having looked at the data, the arithmetic, memory and disk, an
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import math
-import os
 import resource
 import signal
 import sys
@@ -37,11 +35,14 @@ from tqdm import tqdm
 import sgconvnext  # noqa: F401  registers the models with timm
 from sgconvnext import build, checkpoint, data, distributed, engine, optim, preflight, resume, rng
 from sgconvnext.config import Config, describe, load_config, to_dict
-from sgconvnext.images import UNREADABLE, Batch, DataError
-from sgconvnext.nonfinite import NonFiniteError
+from sgconvnext.errors import DataError, NonFiniteError, TooManyUnreadableError
+from sgconvnext.images import Batch
 from sgconvnext.watch import Watch
 
 _logger = logging.getLogger("train")
+
+
+RETRY_S = 2.0  # between two attempts at the last checkpoint, which no later update will write again
 
 
 def main() -> None:
@@ -51,34 +52,40 @@ def main() -> None:
             config = load_config(args.config, args.overrides)
             world = distributed.start(config.run.device)
             logging.basicConfig(level=logging.INFO if world.is_first else logging.WARNING, format="%(message)s")
-            if not args.check:
-                world.on_first(lambda: opened.enter_context(claim(Path(config.out))))
+            if args.check and config.data.download:
+                raise ValueError("check writes nothing, so data.download=true must wait for the run")
+            if not args.check or Path(config.out).exists():
+                world.on_first(lambda: opened.enter_context(checkpoint.lock(Path(config.out))))
             run = Run(config, world)
+            world.on_each(run.look_ahead)
             if not args.check:
                 world.on_first(run.begin)
                 opened.callback(run.end)
         except (ValueError, OSError) as error:  # the user's, or the disk's
             distributed.fail("train.py", error)
         if args.check:
-            _logger.info("checked: the run can start")
+            _logger.info("checked: data, arithmetic, memory and disk are as the run needs them")
         else:
-            train(run)
+            finish(run)
         distributed.stop()
 
 
-def train(run: "Run") -> None:
-    """Train, and tell in one line what went wrong on the way; with exit code 1, on which torchrun restarts."""
+def finish(run: "Run") -> None:
+    """Train, and tell in one line what went wrong on the way; torchrun restarts, whatever the exit code."""
     try:
         run.train()
     except NonFiniteError as error:
         distributed.fail("train.py", run.reported(error), code=1)
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, TooManyUnreadableError, OSError) as error:
         distributed.fail("train.py", error, code=1)
     except DataError as error:  # out of a loader worker it comes with the worker's traceback before it
         reason = str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
-        distributed.fail("train.py", DataError(reason), code=1, alone=reason != str(error))
-    except RuntimeError as error:
-        message = str(error).splitlines()[0]
+        distributed.fail("train.py", DataError(reason), code=1, alone=True)
+    except torch.OutOfMemoryError:
+        told = preflight.too_much(run.training, f"the memory of {run.world.device}")
+        distributed.fail("train.py", RuntimeError(told), code=1, alone=True)
+    except RuntimeError as error:  # torch has no types for the next two
+        message = (str(error).splitlines() or [""])[0]
         if "DataLoader worker" in message:
             cure = "out of memory? lower data.workers; resume=auto goes on from the last checkpoint"
             distributed.fail("train.py", RuntimeError(f"{message} ({cure})"), code=1, alone=True)
@@ -122,7 +129,7 @@ class Run:
         classes = data.num_classes(train, val, config.model.num_classes)
         config.model.num_classes = classes  # resolved, so that a checkpoint says what its model was built with
         config.model.img_size = config.model.img_size or config.data.img_size
-        self.class_to_idx, self.images = train.class_to_idx, train.dataset
+        self.class_to_idx, self.images, self.val_images = train.class_to_idx, train.dataset, len(val)
         self.updates = data.updates_per_epoch(len(train), config.optim.global_batch)
 
         model = build.create_model(config, classes, start=found is None).to(world.device)
@@ -159,24 +166,30 @@ class Run:
         self.watch: Watch | None = None  # of rank 0
         if found is not None:
             self.load(found)
-        self.announce(train, val)
 
-    def announce(self, train: data.Split, val: data.Split) -> None:
-        """What the arithmetic came to, before the first image."""
+    def look_ahead(self) -> None:
+        """Say what the arithmetic comes to, before the first image.
+
+        Raises:
+            ValueError: memory or disk will not suffice.
+        """
         config, t = self.config, self.training
         size = config.data.img_size if isinstance(config.data.img_size, tuple) else (config.data.img_size,) * 2
         parameters = sum(p.numel() for p in t.model.parameters()) / 1e6
         batch = (config.optim.global_batch, config.optim.batch_per_device, self.world.size, self.world.device.type)
+        memory = preflight.rehearse(t, (3, *size))
+        disk = preflight.disk(self.folder.path, preflight.checkpoint_bytes(t), config.save.keep)
         for line in (
-            f"{config.model.name}: {parameters:.1f}M parameters, {config.model.num_classes} classes; {len(train)} "
-            f"training and {len(val)} validation images; {preflight.class_counts(train.dataset)}",
+            f"{config.model.name}: {parameters:.1f}M parameters, {config.model.num_classes} classes",
+            f"{len(self.images)} training and {self.val_images} validation images, "
+            + preflight.class_counts(self.images),
             "global batch {} = {} per device x {} {} x {} accumulation; ".format(*batch, t.accumulation)
             + f"{self.updates} updates per epoch, {len(t.learning_rates)} in all; {config.run.precision}",
             f"learning rate: peak {config.optim.lr:.4g} after {config.optim.warmup_epochs * self.updates} updates of "
             f"warm-up, {t.learning_rates[-1]:.4g} at the end",
             *preflight.kernels(t.model, size),
-            f"memory: {preflight.rehearse(t, (3, *size))}",
-            f"disk: {preflight.disk(self.folder.path, preflight.checkpoint_bytes(t), config.save.keep)}",
+            f"memory: {memory}",
+            f"disk: {disk}",
         ):
             _logger.info("%s", line)
 
@@ -197,9 +210,10 @@ class Run:
         if self.world.size == len(state["ranks"]):
             own = state["ranks"][self.world.rank]
             self.drawn, self.drawn_now = own["epoch"], own["now"]
-        _logger.info("going on from %s, after %s", path, self.place())
+        _logger.info("going on from %s, after %s", path, self.position())
 
-    def place(self) -> str:
+    def position(self) -> str:
+        """In words."""
         return f"{self.progress.epoch} epochs and {self.progress.update} updates"
 
     def begin(self) -> None:
@@ -227,7 +241,7 @@ class Run:
         try:
             self.world.on_first(lambda: checkpoint.write_whole(path, json.dumps(error.report, indent=1).encode()))
         except OSError as full:
-            return FloatingPointError(f"{error}; {path}, with its images, cannot be written: {full}")
+            return FloatingPointError(f"{error}; its images cannot be listed: {full}")
         return FloatingPointError(f"{error}; its images are listed in {path}")
 
     def train(self) -> None:
@@ -249,7 +263,7 @@ class Run:
         return self.progress.epoch * self.updates + self.progress.update
 
     def train_epoch(self) -> dict[str, float]:
-        """The rest of the epoch's updates; returns the last learning rate, and their rates."""
+        """The rest of the epoch's updates; returns images/s, the share of time spent waiting for data, GiB held."""
         t, p, every = self.training, self.progress, self.config.save.every
         batches, began, first = self.batches(), time.perf_counter(), p.update
         t.model.train()
@@ -259,12 +273,12 @@ class Run:
             initial=first,
             unit="update",
             leave=False,
-            disable=not engine.watched(self.world),
+            disable=not self.watched(),
         )
         while p.update < self.updates:
             for batch in engine.train_update(t, batches, p, float(t.learning_rates[self.updates_done()])):
                 self.images.tell(batch)
-            engine.check_readable(p.faults[UNREADABLE], len(self.images), "training", self.config)
+            engine.check_readable(p.unreadable, len(self.images), "training", self.config)
             bar.update()
             logged = p.update % self.config.run.log_every == 0 or p.update == self.updates
             if logged:
@@ -278,6 +292,10 @@ class Run:
         seconds = time.perf_counter() - began
         rate = (p.update - first) * self.config.optim.global_batch / seconds
         return {"images_per_s": rate, "data_wait": p.wait_s / seconds, "memory_gib": memory_gib(self.world.device)}
+
+    def watched(self) -> bool:
+        """A person looks on: rank 0 writes to a terminal."""
+        return self.world.is_first and sys.stderr.isatty()
 
     def batches(self) -> Iterator[Batch]:
         """What is left of the epoch, with the random numbers that it would have drawn without an interruption."""
@@ -298,7 +316,7 @@ class Run:
         pace = (time.perf_counter() - began) / (done - first)
         left = timedelta(seconds=round(pace * (len(self.training.learning_rates) - done)))
         lr, rate = self.training.learning_rates[done - 1], updates * self.config.optim.global_batch / seconds
-        if engine.watched(self.world):
+        if self.watched():
             bar.set_postfix(loss=f"{p.loss:.4f}", lr=f"{lr:.2e}", images_per_s=f"{rate:.0f}", left=left)
             return
         _logger.info(
@@ -308,11 +326,10 @@ class Run:
         )
 
     def evaluate(self, rates: dict[str, float]) -> dict[str, float]:
-        """The epoch's line of metrics.jsonl, the same on every process."""
+        """The epoch's line of metrics.jsonl, the same on every process but for its rates."""
         t, p = self.training, self.progress
         counted = max(1, self.updates - p.skipped)
         metrics = {"epoch": p.epoch, "train_loss": p.loss_sum / counted}
-        unreadable = 0
         models = {"val": t.model} | ({} if t.ema is None else {"ema": t.ema.module})
         for kind, model in models.items():
             result = engine.evaluate(model, self.val_loader, self.config, self.world, t.stop)
@@ -323,7 +340,7 @@ class Run:
                     f"epoch {p.epoch}: the validation loss is {result['loss']}; nothing was saved"
                 )
             metrics |= {f"{kind}_{key}": result[key] for key in ("top1", "top5", "loss")}
-            unreadable = p.faults[UNREADABLE] + int(result["unreadable"])
+            unreadable = p.unreadable + int(result["unreadable"])
         lr = float(t.learning_rates[self.updates_done() - 1])
         metrics |= {"lr": lr, "grad_norm": p.norm_sum / counted, "skipped": p.skipped, "unreadable": unreadable}
         return metrics | rates
@@ -346,7 +363,7 @@ class Run:
         if self.watch:
             self.watch.epoch(metrics)
         shown = " ".join(f"{key} {metrics[key]:.4g}" for key in metrics if key != "epoch")
-        _logger.info("epoch %d: %s%s", metrics["epoch"], shown, " (best)" if best else "")
+        _logger.info("epoch %d: %s%s", metrics["epoch"], shown, " (best)" if best and not self.failures else "")
 
     def save(self, best: bool = False) -> bool:
         """Write a checkpoint of this place. A failure is told, and tried again at the next line of the log.
@@ -357,7 +374,7 @@ class Run:
         p = self.progress
         now = None if self.drawn is None else rng.state(self.world.device)  # None: between two epochs
         ranks = self.world.gather({"epoch": self.drawn, "now": now})
-        path = self.folder.place(p.epoch, p.update)
+        path = self.folder.file(p.epoch, p.update)
         try:
             self.world.on_first(lambda: self.folder.add(path, self.state(ranks), self.config.save.keep, best))
         except OSError as error:
@@ -397,13 +414,10 @@ class Run:
     def leave(self) -> NoReturn:
         """End on a signal: with a checkpoint of this place, and the exit code that a shell gives the signal."""
         stop = self.training.stop
-        self.save()
-        _logger.info("%s: stopped after %s; resume=auto goes on from %s", stop.name, self.place(), self.saved)
+        told = f"resume=auto goes on from {self.saved}" if self.save() else self.last()
+        _logger.info("%s: stopped after %s; %s", stop.name, self.position(), told)
         distributed.stop()
         sys.exit(stop.exit_code)
-
-
-RETRY_S = 2.0
 
 
 def score(metrics: dict[str, float]) -> float:
@@ -417,27 +431,6 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-@contextlib.contextmanager
-def claim(out: Path) -> Iterator[None]:
-    """Make the output folder and lock it while the run lasts: two runs in one folder would mix their files."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out={str(out)!r} cannot be made a folder ({error.strerror}); name another") from error
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"out={str(out)!r} is not writable; name another")
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(folder)
-        raise ValueError(f"out={str(out)!r} is in use by another run; wait for it, or name another") from error
-    try:
-        yield
-    finally:
-        os.close(folder)
 
 
 if __name__ == "__main__":

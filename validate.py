@@ -2,8 +2,8 @@
 
     python validate.py --checkpoint runs/digits/best.pth [--data-root PATH] [--use-ema] [section.key=value ...]
 
-Prints one JSON line: top1 and top5 in percent, loss, count. Under torchrun the images are shared out and each is
-counted once, whatever the number of processes.
+Prints one JSON line: top1 and top5 in percent, loss, count, and unreadable, the images that were left out. Under
+torchrun the images are shared out and each is counted once, whatever the number of processes.
 """
 
 import argparse
@@ -30,10 +30,10 @@ def main() -> None:
         model = build.create_model(config, classes, start=False)
         weights = checkpoint.weights(state, args.use_ema, args.checkpoint)
         checkpoint.load_weights(model, weights, args.checkpoint)
-    except ValueError as error:
+        loader = data.create_eval_loader(val, config, world)
+        result = engine.evaluate(model.to(world.device), loader, config, world)
+    except (ValueError, OSError) as error:
         distributed.fail("validate.py", error)
-    loader = data.create_eval_loader(val, config, world)
-    result = engine.evaluate(model.to(world.device), loader, config, world)
     if world.is_first:
         print(json.dumps(result))
     distributed.stop()

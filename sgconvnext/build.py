@@ -11,6 +11,7 @@ from torch import nn
 
 from . import checkpoint
 from .config import Augment, Config
+from .errors import one_line
 
 
 def create_model(config: Config, classes: int, start: bool = True) -> nn.Module:
@@ -31,9 +32,7 @@ def create_model(config: Config, classes: int, start: bool = True) -> nn.Module:
     try:
         model: Any = timm.create_model(name, **_arguments(config, classes, start))
     except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
-        raise ValueError(
-            f"model.name={name!r} cannot be built: {' '.join(str(error).split()) or repr(error)}"
-        ) from error
+        raise ValueError(f"model.name={name!r} cannot be built: {one_line(error)}") from error
     if start and config.model.checkpoint:
         path = config.model.checkpoint
         found = checkpoint.weights(checkpoint.load(path), config.model.checkpoint_ema, path)

@@ -1,15 +1,22 @@
 """Checkpoint files in timm's keys: written whole or not at all, checked when read, and no code in them is run."""
 
 import contextlib
+import fcntl
 import hashlib
+import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
+
+from .errors import one_line
+
+_logger = logging.getLogger(__name__)
 
 VERSION = 2  # of timm's checkpoint layout
 
@@ -53,15 +60,18 @@ def save(path: Path, state: dict[str, Any]) -> None:
         line = f"{hashing.sha256.hexdigest()}  {path.name}\n".encode()
         write_whole(beside, line + before)
         partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            write_whole(beside, before) if before else beside.unlink()
+        reason = (hashing and hashing.error) or error
+        raise OSError(f"checkpoint {str(path)!r} cannot be written: {one_line(reason)}") from error
+    with contextlib.suppress(
+        OSError
+    ):  # it is saved: both lines of the checksum would do, and not all folders can sync
         if before:
             write_whole(beside, line)
         _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # both lines would do as well
-            write_whole(beside, before) if before else beside.unlink()
-        reason = (hashing and hashing.error) or error
-        raise OSError(f"checkpoint {str(path)!r} cannot be written: {str(reason).splitlines()[0]}") from error
 
 
 def checksum_of(path: Path) -> Path:
@@ -70,16 +80,21 @@ def checksum_of(path: Path) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all: into one beside it, flushed to the disk, then renamed over it."""
+    """Write a small file whole or not at all: into one beside it, flushed to the disk, then renamed over it.
+
+    Raises:
+        OSError: naming the file, which is as it was before.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
             file.write(content)
             _flush(file)
         partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{error.strerror}: {str(path)!r}") from error
 
 
 def _flush(file: BinaryIO) -> None:
@@ -111,8 +126,8 @@ def load(path: str | Path) -> dict[str, Any]:
             return {"state_dict": load_file(path)}
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read ({type(error).__name__}: {reason})") from error
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read ({reason}); use another") from error
     if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
         raise ValueError(f"checkpoint {str(path)!r} has no 'state_dict'; it was not written by train.py or timm")
     return state
@@ -177,6 +192,34 @@ def _problem(path: Path) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Make the output folder and lock it, on this machine: two runs in one folder would mix their files."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"out={str(out)!r} cannot be made a folder ({error.strerror}); name another") from error
+    try:
+        if not os.access(out, os.W_OK):
+            raise ValueError(f"out={str(out)!r} is not writable; name another")
+        _lock(folder, out)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _lock(folder: int, out: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"out={str(out)!r} is in use by another run; wait for it, or name another") from error
+    except OSError as error:
+        _logger.warning(
+            "out=%r: its file system has no locks (%s); start no second run in it", str(out), error.strerror
+        )
+
+
 class Folder:
     """The checkpoints of one run: ``checkpoint-EPOCHS-UPDATES.pth`` by the epochs finished and the updates since.
 
@@ -191,15 +234,14 @@ class Folder:
         for partial in self.path.glob("*.partial"):
             partial.unlink()
 
-    def place(self, epochs: int, updates: int) -> Path:
-        """The file for that position of the run."""
+    def file(self, epochs: int, updates: int) -> Path:
+        """The checkpoint of that position of the run."""
         return self.path / f"checkpoint-{epochs:04d}-{updates:06d}.pth"
 
     def files(self) -> list[Path]:
         """Newest position first."""
-        return sorted(
-            (path for path in self.path.glob("*.pth") if self.position(path)), key=self.position, reverse=True
-        )
+        found = [path for path in self.path.glob("*.pth") if path.is_file() and self.position(path)]
+        return sorted(found, key=self.position, reverse=True)
 
     @staticmethod
     def position(path: Path) -> tuple[int, ...]:
@@ -220,7 +262,10 @@ class Folder:
                 return path, wrong
             wrong.append(problem)
         if wrong:
-            raise ValueError(f"out={str(self.path)!r} has no good checkpoint: {wrong[0]} (and {len(wrong) - 1} more)")
+            raise ValueError(
+                f"out={str(self.path)!r} has no good checkpoint among {len(wrong)}, the newest: {wrong[0]}; restore one, "
+                "or name another out"
+            )
         return None, wrong
 
     def add(self, path: Path, state: dict[str, Any], keep: int, best: bool) -> None:

@@ -11,6 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from .errors import one_line
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -146,9 +148,11 @@ class Config:
 
     out: str = knob("runs/run", "output folder: config.yaml, metrics.jsonl, checkpoints, last.pth, best.pth")
     epochs: int = knob(300, "passes over the training data, warm-up included")
-    seed: int = knob(0, "of weights, order and augmentation; each rank adds its own number")
+    seed: int = knob(0, "of weights, order, augmentation and mixing")
     resume: str = knob("", "'auto': go on from the newest good checkpoint in out, if any; or a path; '': start anew")
-    allow_change: str = knob("", "knobs that may differ from the resumed checkpoint's, e.g. epochs,optim.lr")
+    allow_change: str = knob(
+        "", "what may differ from the resumed checkpoint: knobs, sections, processes, device, training_images"
+    )
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
@@ -213,6 +217,15 @@ def to_dict(config: Config) -> dict[str, Any]:
     return tree
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"optim": {"lr": 1}}`` to ``{"optim.lr": 1}``; model.kwargs, a value, stays whole."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and prefix + key != "model.kwargs"
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
 def describe() -> str:
     """Every knob with its default and its unit or reason, one per line."""
     lines = []
@@ -263,7 +276,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); name an existing YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{path}: not valid YAML ({one_line(error)})") from error
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds {type(tree).__name__}, not sections of keys and values")

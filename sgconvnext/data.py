@@ -15,6 +15,7 @@ from torchvision.datasets import FakeData
 from .config import Augment, Config
 from .config import Data as DataConfig
 from .distributed import World
+from .errors import one_line
 from .images import Batch, Images, collate, collate_readable
 from .shards import Shards
 from .signals import settle_worker
@@ -125,7 +126,7 @@ def _open(config: Config, train: bool) -> Any:
             seed=config.seed,
         )
     except (RuntimeError, AssertionError, ImportError, OSError, ValueError, KeyError, tarfile.TarError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ValueError(
             f"data.dataset={data.dataset!r}, data.root={data.root!r}, {knob}={split!r}: {reason}"
         ) from error

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .errors import one_line
 from .signals import follow_parent
 
 
@@ -40,6 +41,18 @@ class World:
             values = [None] * self.size
             dist.all_gather_object(values, value)
         return values
+
+    def on_each(self, action: Callable[[], Any]) -> Any:
+        """Every process acts, without a message to the others; where one raises a ValueError, all raise the first."""
+        result, problem = None, None
+        try:
+            result = action()
+        except ValueError as error:
+            problem = str(error)
+        problems = [text for text in self.gather(problem) if text is not None]
+        if problems:
+            raise ValueError(problems[0])
+        return result
 
     def on_first(self, action: Callable[[], Any]) -> Any:
         """Rank 0 acts; every process gets its result, or raises its ValueError or OSError."""
@@ -95,5 +108,5 @@ def fail(program: str, error: Exception, code: int = 2, alone: bool = False) -> 
     """End this process with one line; once per machine where the others fail alike, always where it fails alone."""
     stop()
     if alone or os.environ.get("LOCAL_RANK", "0") == "0":
-        sys.stderr.write(f"{program}: error: {error}\n")
+        sys.stderr.write(f"{program}: error: {one_line(error)}\n")
     sys.exit(code)

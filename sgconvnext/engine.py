@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,8 +24,9 @@ from torch.utils.data import DataLoader
 from . import rng
 from .config import Config
 from .distributed import World
-from .images import FAULTS, UNREADABLE, Batch, DataError
-from .nonfinite import NonFiniteError, first_gradient, first_module
+from .errors import NonFiniteError, TooManyUnreadableError
+from .images import UNREADABLE, Batch
+from .nonfinite import first_gradient, first_module
 from .optim import set_learning_rate
 from .signals import STOPPING, StopRequest
 
@@ -55,7 +55,7 @@ class Training:
 
 @dataclass(slots=True)
 class Progress:
-    """The place within an epoch and its sums so far, over all processes; what a checkpoint needs to go on with it."""
+    """The position within an epoch, and its sums so far over all processes; a checkpoint goes on with them."""
 
     epoch: int
     update: int = 0  # updates done
@@ -63,10 +63,10 @@ class Progress:
     norm_sum: float = 0.0
     skipped: int = 0  # updates that the loss scaler left out
     skipped_in_a_row: int = 0
-    faults: list[int] = field(default_factory=lambda: [0] * len(FAULTS))
-    loss: float = math.nan  # of the last update
+    unreadable: int = 0  # images
+    loss: float = math.nan  # of the last update, to be logged, and its gradient's norm
     grad_norm: float = math.nan
-    wait_s: float = 0.0  # of this process, for data
+    wait_s: float = 0.0  # for data, of this process since it began
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
@@ -88,6 +88,8 @@ def forward_loss(t: Training, model: Any, batch: Batch) -> Tensor:
     """The loss of one forward, as a share of the update's."""
     images, targets = to_device(batch, t.config, t.world.device)
     if t.mixup is not None:
+        if images is batch.images:
+            images = images.clone()  # timm mixes in place, and a replay needs the batch as it came
         images, targets = t.mixup(images, targets)
     with autocast(t.config, t.world.device):
         loss: Tensor = t.criterion(model(images), targets) / t.accumulation
@@ -120,12 +122,13 @@ def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: 
     gradients = [parameter.grad for parameter in t.model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     own_loss, progress.grad_norm = torch.stack([total, norm]).tolist()  # the update's one wait for the device
-    if not _agree(t, progress, own_loss, used):
-        if not t.scaler.is_enabled() or progress.skipped_in_a_row > t.config.run.max_skips:
-            raise _explain(t, progress, used, drawn, own_loss, lr)
-    elif t.config.optim.clip_grad is not None:
+    finite = _agree(t, progress, own_loss, used)
+    if not finite and (not t.scaler.is_enabled() or progress.skipped_in_a_row > t.config.run.max_skips):
+        raise _explain(t, progress, used, drawn, own_loss, lr)
+    if finite and t.config.optim.clip_grad is not None:
         nn.utils.clip_grads_with_norm_(t.model.parameters(), t.config.optim.clip_grad, norm)
-    t.scaler.step(t.optimizer)
+    if finite:
+        t.scaler.step(t.optimizer)
     t.scaler.update()
     t.optimizer.zero_grad(set_to_none=True)
     if t.ema is not None:
@@ -137,10 +140,10 @@ def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: 
 def _agree(t: Training, progress: Progress, own_loss: float, used: list[Batch]) -> bool:
     """Sum over the processes what each of them saw; whether loss and gradient were finite everywhere."""
     finite = math.isfinite(own_loss) and math.isfinite(progress.grad_norm)
-    faults = torch.bincount(torch.cat([batch.faults for batch in used]), minlength=len(FAULTS))
-    bad, loss, *counts = share_stop(t.world, t.stop, [not finite, own_loss, *faults.tolist()])
+    unreadable = sum(int((batch.faults == UNREADABLE).sum()) for batch in used)
+    bad, loss, lost = share_stop(t.world, t.stop, [not finite, own_loss, unreadable])
     progress.loss = loss / t.world.size
-    progress.faults = [old + int(new) for old, new in zip(progress.faults, counts, strict=True)]
+    progress.unreadable += int(lost)
     if bad:
         progress.skipped += 1
         progress.skipped_in_a_row += 1
@@ -181,7 +184,7 @@ def _explain(
     where = f"epoch {progress.epoch}, update {progress.update + 1}, rank {first['rank']}"
     what = f"loss {first['loss']:.4g}, gradient norm {progress.grad_norm:.4g}, first not finite: {first['culprit']}"
     skips = f"after {progress.skipped_in_a_row} skipped updates " if t.scaler.is_enabled() else ""
-    cure = "resume from an earlier checkpoint with a lower optim.lr, optim.clip_grad or run.precision=fp32"
+    cure = "resume with a lower optim.lr and allow_change=optim.lr, or likewise optim.clip_grad or run.precision"
     report = {"epoch": progress.epoch, "update": progress.update + 1, "lr": lr, "ranks": ranks}
     return NonFiniteError(f"{where}: {what} {skips}({cure})", report)
 
@@ -196,7 +199,7 @@ def evaluate(
     ``unreadable``. Every process gets the same result; None where one of them was asked to stop.
 
     Raises:
-        DataError: more than data.max_unreadable of the images cannot be read.
+        TooManyUnreadableError: more than data.max_unreadable of the images cannot be read.
     """
     training = model.training
     model.eval()
@@ -240,14 +243,9 @@ def _until_stopped(batches: Iterable[Batch], world: World, stop: StopRequest) ->
 
 
 def check_readable(unreadable: int, images: int, split: str, config: Config) -> None:
-    """Refuse to go on where too large a share of a split is broken."""
+    """Refuse to go on where too large a share of a split cannot be read."""
     if unreadable > config.data.max_unreadable * images:
-        raise DataError(
+        raise TooManyUnreadableError(
             f"{unreadable} of {images} {split} images cannot be read, more than data.max_unreadable="
             f"{config.data.max_unreadable}; repair them (the log names each), or raise it"
         )
-
-
-def watched(world: World) -> bool:
-    """A person looks on: rank 0 writes to a terminal."""
-    return world.is_first and sys.stderr.isatty()

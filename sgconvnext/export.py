@@ -1,6 +1,6 @@
 """Write the weights of a checkpoint of train.py as safetensors, in the folder layout that timm and its hub read.
 
-    python -m sgconvnext.export runs/digits/best.pth exported/digits [--ema]
+    python -m sgconvnext.export runs/digits/best.pth exported/digits [--use-ema]
 
     import sgconvnext, timm
     model = timm.create_model("local-dir:exported/digits", pretrained=True)
@@ -28,7 +28,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"  # timm's names
 def main() -> None:
     args = parse_args()
     try:
-        told = export_checkpoint(args.checkpoint, args.folder, args.ema)
+        told = export_checkpoint(args.checkpoint, args.folder, args.use_ema)
     except ValueError as error:
         distributed.fail("sgconvnext.export", error)
     print(told)  # noqa: T201  this module is a command
@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("checkpoint", help="last.pth or best.pth of a run")
     parser.add_argument("folder", help="folder to write; it must not hold exported weights yet")
-    parser.add_argument("--ema", action="store_true", help="export the average of the weights")
+    parser.add_argument("--use-ema", action="store_true", help="export the average of the weights")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Image files as they come: odd ones decoded, broken ones counted and replaced, each reported by its place."""
+"""Image files as they come: odd ones decoded, unreadable ones counted and replaced, each told by its place."""
 
 import logging
 import warnings
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from . import rng
+from .errors import DataError, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -19,10 +20,6 @@ UNREADABLE = 1
 # what Sample.fault and Batch.faults count; all but the unreadable ones are decoded
 FAULTS = ("", "unreadable", "CMYK", "palette", "16-bit", "EXIF-rotated", "very large")
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright, 2 to 8 are turned or mirrored
-
-
-class DataError(ValueError):
-    """The data, found while reading it, cannot be trained on."""
 
 
 class Sample(NamedTuple):
@@ -61,8 +58,7 @@ class TellsFaults:
             name = self.name(place) if fault else ""
             if fault and name not in self.told:
                 self.told.add(name)
-                line = "unreadable image, left out: %s (%s)" if fault == UNREADABLE else "%s image: %s"
-                _logger.warning(line, *((name, reason) if fault == UNREADABLE else (FAULTS[fault], name)))
+                _logger.warning("%s image: %s%s", FAULTS[fault], name, f" ({reason})" if reason else "")
 
 
 class Images(TellsFaults, Dataset[Sample]):
@@ -111,7 +107,7 @@ class Images(TellsFaults, Dataset[Sample]):
 
 def unreadable(target: int, place: int, error: Exception) -> Sample:
     """What stands for an image that could not be read, with the reason in one line."""
-    return Sample(None, target, place, UNREADABLE, " ".join(str(error).split()) or type(error).__name__)
+    return Sample(None, target, place, UNREADABLE, one_line(error))
 
 
 def decode(image: Image.Image, upright: bool = False) -> tuple[Image.Image, int]:

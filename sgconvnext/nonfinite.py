@@ -8,14 +8,6 @@ import torch
 from torch import Tensor, nn
 
 
-class NonFiniteError(FloatingPointError):
-    """Training cannot go on; ``report`` has what a replay of the update needs."""
-
-    def __init__(self, message: str, report: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.report = report
-
-
 def first_module(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:
     """The first module, in the order of computation, whose output is not finite when ``forward`` runs again.
 

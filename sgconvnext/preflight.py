@@ -65,33 +65,37 @@ def disk(out: Path, size: int, keep: int) -> str:
     return f"{size / GIB:.3f} GiB a checkpoint, {keep + 2} at most at a time; {free / GIB:.1f} GiB free in {out}"
 
 
-def rehearse(t: Training, channels_size: tuple[int, int, int]) -> str:
+def rehearse(t: Training, shape: tuple[int, int, int]) -> str:
     """Forward and backward of noise, after which model and random numbers are as before; the memory they take.
 
     On CUDA once, with the whole batch of a device, and measured. On the CPU with two and four images, to be quick:
     what backward keeps for them is drawn out to the batch; weights, gradients, AdamW's averages and the EMA are added.
 
+    Args:
+        t: the run's model, loss and optimiser.
+        shape: (channels, height, width) of an image.
+
     Raises:
         ValueError: out of memory, or more than the machine has.
     """
     device, whole = t.world.device, t.config.optim.batch_per_device
-    weights = sum(p.numel() * p.element_size() for p in t.model.parameters())
+    parameters = sum(p.numel() * p.element_size() for p in t.model.parameters())
     if device.type == "cuda":
-        _forward_backward(t, whole, channels_size)
+        _forward_backward(t, whole, shape)
         total = torch.cuda.mem_get_info(device)[1]
-        need = torch.cuda.max_memory_allocated(device) + 2 * weights  # AdamW's averages come with its first step
+        need = torch.cuda.max_memory_allocated(device) + 2 * parameters  # AdamW's averages come with its first step
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         sizes = [2, 4] if whole > 4 else [whole, whole]  # mixup needs pairs
-        first, second = (_forward_backward(t, size, channels_size) for size in sizes)
+        first, second = (_forward_backward(t, size, shape) for size in sizes)
         kept = first + (second - first) * (whole - sizes[0]) // 2
-        need = weights * (4 if t.ema is None else 5) + kept
+        need = parameters * (4 if t.ema is None else 5) + kept
     if need > total:
-        raise ValueError(_too_much(t, f"the {total / GIB:.1f} GiB of a {device.type} process: about {need / GIB:.1f}"))
+        raise ValueError(too_much(t, f"the {total / GIB:.1f} GiB of a {device.type} process: about {need / GIB:.1f}"))
     return f"about {need / GIB:.2f} GiB of the {total / GIB:.1f} GiB of a {device.type} process, loader workers apart"
 
 
-def _forward_backward(t: Training, size: int, channels_size: tuple[int, int, int]) -> int:
+def _forward_backward(t: Training, size: int, shape: tuple[int, int, int]) -> int:
     """Once, with so many images; the bytes that backward kept besides the parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in t.model.parameters()}
     kept: dict[int, int] = {}
@@ -104,18 +108,19 @@ def _forward_backward(t: Training, size: int, channels_size: tuple[int, int, int
 
     with _untouched(t):
         zeros = torch.zeros(size, dtype=torch.int64)
-        batch = Batch(torch.randn(size, *channels_size), zeros, zeros, zeros, [""] * size)
+        batch = Batch(torch.randn(size, *shape), zeros, zeros, zeros, [""] * size)
         try:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 loss = forward_loss(t, t.model.forward, batch)  # not compiled: the first update will be
             loss.backward()
         except torch.OutOfMemoryError as error:
             name = torch.cuda.get_device_name(t.world.device)
-            raise ValueError(_too_much(t, f"{name}'s memory")) from error
+            raise ValueError(too_much(t, f"{name}'s memory")) from error
     return sum(kept.values())
 
 
-def _too_much(t: Training, memory: str) -> str:
+def too_much(t: Training, memory: str) -> str:
+    """That the batch does not fit, and the cure."""
     return (
         f"optim.batch_per_device={t.config.optim.batch_per_device} does not fit into {memory}; lower it (accumulation "
         "makes up for it), or set model.grad_checkpointing=true"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Folder
-from .config import Config, from_dict, to_dict
+from .config import Config, flatten, from_dict, to_dict
 
 _logger = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def refuse_changes(state: dict[str, Any], config: Config, now: dict[str, Any], p
         raise ValueError(
             f"resume={str(path)!r} lacks {', '.join(sorted(missing))}; start from it with model.checkpoint"
         )
-    before = _flat(to_dict(from_dict(state["args"], str(path)))) | state["facts"]
-    after = _flat(to_dict(config)) | now
+    before = flatten(to_dict(from_dict(state["args"], str(path)))) | state["facts"]
+    after = flatten(to_dict(config)) | now
     allowed = _allowed(config.allow_change, [*after])
     sharded = config.data.dataset.startswith("wds/")  # whose order depends on the workers
     free = FREE - {"data.workers"} if sharded else FREE
@@ -98,11 +98,3 @@ def _allowed(text: str, known: list[str]) -> list[str]:
 def _covers(name: str, key: str) -> bool:
     """A knob, or the section it is in."""
     return key == name or key.startswith(name + ".")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict) and prefix + key != "model.kwargs"
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from . import rng
-from .images import DataError, Sample, TellsFaults, decode, unreadable
+from .errors import DataError
+from .images import Sample, TellsFaults, decode, unreadable
 
 # Undecoded samples a worker draws from: 5000 of ImageNet's, of 110 KB, are 0.55 GB and four of its usual shards;
 # decoded they would be five times that.

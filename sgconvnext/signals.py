@@ -44,7 +44,7 @@ class StopRequest:
     @property
     def name(self) -> str:
         """As in SIGTERM."""
-        return signal.Signals(self.agreed or self.received).name
+        return signal.Signals(self.agreed).name
 
     @property
     def exit_code(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from .checkpoint import write_whole
 from .config import Config, to_dict
+from .errors import one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Watch:
     def _warn(self, name: str, error: Exception) -> None:
         if name not in self.failed:
             self.failed.add(name)
-            _logger.warning("%s failed (%s); the run goes on, and this is said once", name, _one_line(error))
+            _logger.warning("%s failed (%s); the run goes on, and this is said once", name, one_line(error))
 
 
 class Lines:
@@ -156,7 +157,7 @@ class WandB:
             )
         except (UsageError, ValueError) as error:  # no account, or no name for a project
             raise ValueError(
-                f"watch.wandb={project!r} is refused ({_one_line(error)}); run wandb login, or set WANDB_MODE=offline"
+                f"watch.wandb={project!r} is refused ({one_line(error)}); run wandb login, or set WANDB_MODE=offline"
             ) from error
         write_whole(kept, self.run.id.encode())
 
@@ -240,7 +241,3 @@ def _best(history: list[Metrics]) -> str:
 
 def _scalars(metrics: Metrics) -> Metrics:
     return {key: value for key, value in metrics.items() if key != "epoch"}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

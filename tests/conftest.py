@@ -23,7 +23,8 @@ def quiet() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
-    root.handlers[:], _ = handlers, root.setLevel(level)
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture

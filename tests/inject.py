@@ -11,7 +11,6 @@ import errno
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,9 @@ def around_updates(act: Any) -> None:
     engine.train_update = update
 
 
-def stop(number: int) -> None:
+def stop(number: int, rank: int) -> None:
     def act(t: engine.Training, done: int, batch: images.Batch) -> None:
-        if done == number:
+        if done == number and t.world.rank == rank:
             t.stop.received = signal.SIGTERM
 
     around_updates(act)
@@ -49,10 +48,6 @@ def nan(number: int, rank: int) -> None:
         return batch._replace(images=batch.images * float("nan")) if bad else None
 
     around_updates(act)
-
-
-def slow(seconds: float) -> None:
-    around_updates(lambda *_: time.sleep(seconds))
 
 
 def worker(number: int) -> None:
@@ -87,5 +82,5 @@ def full(number: int) -> None:
 
 if __name__ == "__main__":
     name, *values = sys.argv.pop(1).split(":")
-    {"stop": stop, "nan": nan, "slow": slow, "worker": worker, "full": full}[name](*map(float, values))
+    {"stop": stop, "nan": nan, "worker": worker, "full": full}[name](*map(float, values))
     train.main()

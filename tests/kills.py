@@ -35,7 +35,6 @@ class Killed:
 
     folder: Path
     processes: int
-    chance: random.Random
     told: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -71,19 +70,20 @@ class Killed:
         began = time.monotonic()
         code = run.wait(60)
         seconds, text = time.monotonic() - began, log.read_text()
+        if ended:
+            assert code == 0, (text, self.told)
+            return True
         self.told.append(f"{number.name} after {pause_s:.2f} s: exit code {code} in {seconds:.1f} s, {text[-200:]!r}")
         self.look(before, text)
-        if ended:
-            assert code == 0, self.told
-        elif number != signal.SIGKILL and UPDATE.search(text) and "best top-1" not in text:
+        if number != signal.SIGKILL and UPDATE.search(text) and "best top-1" not in text:
             assert seconds < GRACE_S, self.told
             # torchrun itself ends with 1
             assert code == (1 if self.processes else 128 + number), self.told
             assert f"{number.name}: stopped after" in text, text
             assert position(self.out) == updates(text)[-1], self.told
-        return ended
+        return False
 
-    def look(self, before: tuple[int, int], log: str) -> None:
+    def look(self, before: tuple[int, ...], log: str) -> None:
         """Nothing is lost, damaged or left over."""
         folder = Folder(self.out)
         _, damaged = folder.newest()
@@ -104,11 +104,10 @@ def updates(log: str) -> list[tuple[int, int]]:
     return [(int(epoch), int(update)) for epoch, update, _ in UPDATE.findall(log)]
 
 
-def position(out: Path) -> tuple[int, int]:
+def position(out: Path) -> tuple[int, ...]:
     """Of the newest checkpoint."""
     files = Folder(out).files()
-    match = re.match(r"checkpoint-(\d+)-(\d+)", files[0].name) if files else None
-    return (int(match[1]), int(match[2])) if match else (0, 0)
+    return Folder.position(files[0]) if files else (0, 0)
 
 
 def orphans(folder: Path) -> list[str]:
@@ -124,7 +123,7 @@ def orphans(folder: Path) -> list[str]:
 def straight(folder: Path, processes: int) -> str:
     """The fingerprint of the run that nobody kills."""
     folder.mkdir()
-    run = Killed(folder, processes, random.Random(0))
+    run = Killed(folder, processes)
     log = folder / "straight.log"
     assert run.start(log=log).wait(300) == 0, log.read_text()
     return fingerprint(run.out / "last.pth")
@@ -137,7 +136,7 @@ def survive(folder: Path, kills: int, processes: int, seed: int) -> list[str]:
     while len(done) < kills:
         place = folder / f"killed-{len(done)}"
         place.mkdir()
-        run = Killed(place, processes, chance)
+        run = Killed(place, processes)
         ended = False
         while not ended and len(done) + len(run.told) < kills:
             number = chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -156,7 +155,7 @@ def restart(folder: Path, kills: int, seed: int) -> str:
     want = straight(folder / "straight", 2)
     place = folder / "restarted"
     place.mkdir()
-    run, chance, log = Killed(place, 2, random.Random(seed)), random.Random(seed), place / "run.log"
+    run, chance, log = Killed(place, 2), random.Random(seed), place / "run.log"
     torchrun = run.start("resume=auto", log=log, restarts=kills)
     for number in range(kills):
         while torchrun.poll() is None and log.read_text().count("disk: ") <= number:

@@ -315,7 +315,7 @@ def run(path: Path, *positions: tuple[int, int], keep: int = 99, best: int = -1)
     """A folder with checkpoints of those positions, written in that order; number ``best`` is the best."""
     folder = checkpoint.Folder(path)
     for number, position in enumerate(positions):
-        folder.add(folder.place(*position), STATE | {"epoch": position[0]}, keep, number == best)
+        folder.add(folder.file(*position), STATE | {"epoch": position[0]}, keep, number == best)
     return folder
 
 
@@ -336,20 +336,20 @@ def test_newest_position_comes_first_whatever_was_written_last(tmp_path: Path) -
     for name in ("checkpoint-1.pth", "checkpoint-0099-000000.pth.aside", "best-0099-000000.pth", "model.pth"):
         (tmp_path / name).touch()
     assert positions(folder) == [(10000, 0), (9999, 0), (9, 10), (9, 5), (1, 0), (0, 1000000), (0, 200000)]
-    assert [folder.place(*position) for position in positions(folder)] == folder.files()
+    assert [folder.file(*position) for position in positions(folder)] == folder.files()
 
 
 def test_newest_skips_damaged_ones_and_says_what_is_wrong(tmp_path: Path) -> None:
     folder = run(tmp_path, (1, 0), (2, 0), (3, 0))
-    assert folder.newest() == (folder.place(3, 0), [])
-    folder.place(3, 0).write_bytes(b"")
-    torch.save([1], folder.place(4, 0))
+    assert folder.newest() == (folder.file(3, 0), [])
+    folder.file(3, 0).write_bytes(b"")
+    torch.save([1], folder.file(4, 0))
     newest, wrong = folder.newest()
-    assert newest == folder.place(2, 0)
+    assert newest == folder.file(2, 0)
     assert ["checkpoint-0004-000000.pth" in wrong[0], "checkpoint-0003-000000.pth" in wrong[1]] == [True, True]
     for path in folder.files():
         path.write_bytes(b"")
-    with refused(str(tmp_path), "no good checkpoint", "checkpoint-0004-000000.pth", "3 more"):
+    with refused(str(tmp_path), "no good checkpoint", "among 4", "checkpoint-0004-000000.pth"):
         folder.newest()
     assert checkpoint.Folder(tmp_path / "none").newest() == (None, [])
 
@@ -383,7 +383,7 @@ def test_links_point_to_files_whenever_a_kill_comes(tmp_path: Path, monkeypatch:
 
     for name in ("replace", "unlink", "symlink_to"):
         watched(name)
-    folder.add(folder.place(2, 0), STATE, 1, best=True)
+    folder.add(folder.file(2, 0), STATE, 1, best=True)
     assert len(looked) >= 7
     assert looked[0] == ("checkpoint-0001-000000.pth",) * 2
     assert looked[-1] == ("checkpoint-0002-000000.pth",) * 2
@@ -394,7 +394,7 @@ def test_save_that_fails_removes_no_checkpoint(tmp_path: Path, monkeypatch: pyte
     before = contents(tmp_path)
     leave_room(monkeypatch, 500)
     with pytest.raises(OSError, match="No space left"):
-        folder.add(folder.place(3, 0), STATE, 1, best=True)
+        folder.add(folder.file(3, 0), STATE, 1, best=True)
     assert contents(tmp_path) == before
 
 
@@ -415,7 +415,7 @@ def test_later_checkpoints_are_set_aside_with_their_checksums(tmp_path: Path) ->
 def test_nothing_that_was_set_aside_is_overwritten_or_removed(tmp_path: Path) -> None:
     folder = run(tmp_path, (1, 0))
     for number in range(3):
-        folder.add(folder.place(2, 0), STATE | {"epoch": 10 + number}, 1, best=number == 0)
+        folder.add(folder.file(2, 0), STATE | {"epoch": 10 + number}, 1, best=number == 0)
         run(tmp_path, (1, 0))
         folder.set_aside(after=(1, 0))
     aside = [f"checkpoint-0002-000000.pth.aside{plus}" for plus in ("", "+", "++")]

@@ -214,7 +214,7 @@ def test_command_exports_and_refuses_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, _, ema = trained(tmp_path)
-    done = command("-m", "sgconvnext.export", path, tmp_path / "folder", "--ema")
+    done = command("-m", "sgconvnext.export", path, tmp_path / "folder", "--use-ema")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
     assert f"local-dir:{tmp_path / 'folder'}" in done.stdout

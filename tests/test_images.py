@@ -17,6 +17,7 @@ from torch import Tensor
 from training_helpers import micro_config, write_images
 
 from sgconvnext import data, images
+from sgconvnext.errors import DataError
 from sgconvnext.images import FAULTS, UNREADABLE, Batch, Images, Sample, collate, collate_readable, decode
 
 GREYS = np.arange(0, 256, 8, dtype=np.uint8).reshape(4, 8)
@@ -323,7 +324,7 @@ def test_stand_ins_of_a_batch_are_not_all_the_same() -> None:
 
 
 def test_batch_without_a_readable_image_is_refused_by_its_place() -> None:
-    with pytest.raises(images.DataError, match=r"3 images.*number 100"):
+    with pytest.raises(DataError, match=r"3 images.*number 100"):
         collate(faulty(1, 1, 1))
 
 
@@ -356,7 +357,7 @@ def test_odd_images_are_told_once_by_path_and_broken_ones_with_the_reason(
     dataset.tell(batch)
     broken, palette = told(caplog)
     root = Path(dataset.source.reader.filename(0, absolute=True)).parent
-    assert broken.startswith(f"unreadable image, left out: {root / 'text.jpg'} (")
+    assert broken.startswith(f"unreadable image: {root / 'text.jpg'} (")
     assert "cannot identify" in broken
     assert palette == f"palette image: {root / 'palette.png'}"
     dataset.tell(batch)

@@ -1,6 +1,5 @@
 """A run that is killed at random moments, by signals that can and cannot be caught, ends as if it never had been."""
 
-import random
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +11,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for proce
 
 
 def test_run_survives_twelve_kills_at_random_moments(tmp_path: Path) -> None:
-    assert len(survive(tmp_path, kills=12, processes=0, seed=0)) == 12
+    done = survive(tmp_path, kills=12, processes=0, seed=0)
+    assert len(done) == 12
+    for name in ("SIGTERM", "SIGINT", "SIGKILL"):
+        assert sum(line.startswith(name) for line in done) >= 2, done
+    assert sum("update" in line for line in done) >= 7, done  # the others came before the first
 
 
 def test_run_of_two_processes_survives_four_kills_of_torchrun(tmp_path: Path) -> None:
@@ -20,7 +23,7 @@ def test_run_of_two_processes_survives_four_kills_of_torchrun(tmp_path: Path) ->
 
 
 def test_processes_stop_when_torchrun_is_killed(tmp_path: Path) -> None:
-    run = Killed(tmp_path, 2, random.Random(0))
+    run = Killed(tmp_path, 2)
     assert not run.kill(signal.SIGKILL, 0.5)  # and then no process is left
     assert "SIGTERM: stopped after" in (tmp_path / "0.log").read_text()
 

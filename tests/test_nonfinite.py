@@ -13,7 +13,8 @@ from training_helpers import MICRO, alone, batches_of, micro_config, micro_model
 
 from sgconvnext import engine
 from sgconvnext.config import Config
-from sgconvnext.nonfinite import NonFiniteError, first_gradient, first_module
+from sgconvnext.errors import NonFiniteError
+from sgconvnext.nonfinite import first_gradient, first_module
 
 CULPRIT = "stages.2.blocks.0.mlp.fc1"  # in the middle; everything after it is not finite either
 

@@ -134,7 +134,7 @@ def test_disk_must_have_room_for_the_checkpoints_that_are_not_there_yet(
 ) -> None:
     """Three newest, the best, and the one being written, which always needs room."""
     for epoch in range(files):
-        checkpoint.Folder(tmp_path).place(epoch, 0).touch()
+        checkpoint.Folder(tmp_path).file(epoch, 0).touch()
     free["bytes"] = missing * GIB
     assert preflight.disk(tmp_path, GIB, keep=3) == (
         f"1.000 GiB a checkpoint, 5 at most at a time; {missing}.0 GiB free in {tmp_path}"

@@ -32,7 +32,7 @@ def test_modules_that_the_layout_names_exist_and_none_is_missing() -> None:
     named = set(re.findall(r"\b(\w+\.py)\b", layout))
     there = {path.name for path in (ROOT / "sgconvnext").glob("*.py")} - {"__init__.py"}
     assert there <= named
-    assert named - there == {"train.py", "validate.py"}
+    assert named - there == {"train.py", "validate.py", "kills.py"}
 
 
 def test_slurm_script_lets_the_run_save_and_queues_up_again(tmp_path: Path) -> None:

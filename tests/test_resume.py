@@ -21,7 +21,7 @@ def run(path: Path, *epochs: int) -> Folder:
     path.mkdir(parents=True, exist_ok=True)
     folder = Folder(path)
     for epoch in epochs:
-        folder.add(folder.place(epoch, 0), STATE, keep=99, best=epoch == min(epochs))
+        folder.add(folder.file(epoch, 0), STATE, keep=99, best=epoch == min(epochs))
     return folder
 
 
@@ -42,20 +42,20 @@ def test_auto_begins_where_there_is_nothing_and_goes_on_from_the_newest(tmp_path
 
 def test_auto_goes_back_to_the_newest_good_one_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = run(tmp_path, 1, 2)
-    folder.place(2, 0).write_bytes(b"")
+    folder.file(2, 0).write_bytes(b"")
     with caplog.at_level(logging.WARNING):
-        assert found(folder, "auto") == folder.place(1, 0)
+        assert found(folder, "auto") == folder.file(1, 0)
     [line] = [record.getMessage() for record in caplog.records]
     assert "checkpoint-0002-000000.pth" in line
     assert "damaged" in line
-    assert line.endswith(f"going on from {folder.place(1, 0)}")
+    assert line.endswith(f"going on from {folder.file(1, 0)}")
 
 
 def test_auto_is_refused_where_every_checkpoint_is_damaged(tmp_path: Path) -> None:
     folder = run(tmp_path, 1, 2)
     for path in folder.files():
         path.write_bytes(b"")
-    with refused(str(tmp_path), "no good checkpoint", "1 more"):
+    with refused(str(tmp_path), "no good checkpoint among 2"):
         found(folder, "auto")
 
 
@@ -101,7 +101,7 @@ def test_path_inside_is_found_under_the_name_that_the_folder_has_for_it(
     for given, epoch in [("checkpoint-0002-000000.pth", 2), ("last.pth", 3), ("best.pth", 1)]:
         for where in ("out", "link", tmp_path / "out"):
             path = found(folder, Path(where) / given)
-            assert path == folder.place(epoch, 0)
+            assert path == folder.file(epoch, 0)
             assert path in folder.files()
 
 

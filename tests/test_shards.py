@@ -435,7 +435,7 @@ def test_unreadable_image_is_told_by_its_shard(root: Path, caplog: pytest.LogCap
     for batch in load(shards, 4, 0):
         shards.tell(batch)
     [told] = caplog.messages
-    assert told.startswith("unreadable image, left out: train-001.tar, sample 1 (cannot identify image file")
+    assert told.startswith("unreadable image: train-001.tar, sample 1 (cannot identify image file")
 
 
 def test_unreadable_image_keeps_its_class(root: Path) -> None:

@@ -301,12 +301,12 @@ def test_loss_that_is_not_finite_ends_the_run_and_saves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         micro_run(run_here, tmp_path / "a", "optim.lr=1e30")
     assert re.search(r"epoch 0, update \d+, rank 0: loss nan.*optim\.lr", only_line("train", capsys.readouterr().err))
     bad = {"top1": 0.0, "top5": 0.0, "loss": math.nan, "count": 7, "unreadable": 0}
     monkeypatch.setattr(engine, "evaluate", lambda *_: bad)
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         micro_run(run_here, tmp_path / "b")
     assert "epoch 0: the validation loss is nan" in only_line("train", capsys.readouterr().err)
     for out in (tmp_path / "a" / "out", tmp_path / "b" / "out"):
@@ -355,11 +355,11 @@ def test_run_that_would_go_on_differently_is_refused(
 
 def test_folder_of_a_living_run_is_refused(refusal: Callable[..., str], tmp_path: Path) -> None:
     out, config = tmp_path / "out", write_config(tmp_path / "a.yaml")
-    with train.claim(out):
+    with checkpoint.lock(out):
         told = refusal(train, config, f"out={out}", "resume=auto")
     assert str(out) in told
     assert "in use" in told
-    with train.claim(out):  # the lock went with its run
+    with checkpoint.lock(out):  # the lock went with its run
         pass
 
 

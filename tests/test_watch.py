@@ -85,7 +85,7 @@ def test_full_disk_costs_a_warning_and_no_line(
     assert not list(tmp_path.glob("*.partial"))
     [warning] = caplog.records
     assert warning.levelno == logging.WARNING
-    assert "metrics.jsonl failed ([Errno 28] No space left on device)" in warning.message
+    assert "metrics.jsonl failed ([Errno 28] No space left on device: " in warning.message
     watching.epoch(epochs(4)[3])
     assert lines(tmp_path) == epochs(4)
 

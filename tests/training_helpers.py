@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import train
 from sgconvnext import build, checkpoint, data, engine, optim
-from sgconvnext.config import Config, from_dict, merge
+from sgconvnext.config import Config, flatten, from_dict, merge
 from sgconvnext.distributed import World
 from sgconvnext.images import Batch, Sample, TellsFaults, collate_readable
 
@@ -39,17 +39,6 @@ TREE: dict[str, Any] = {
     "optim": {"global_batch": 16, "batch_per_device": 16},
     "run": {"device": "cpu", "log_every": 1},
 }
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"optim": {"lr": 1}}`` to ``{"optim.lr": 1}``; model.kwargs stays whole."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and prefix + key != "model.kwargs":
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:

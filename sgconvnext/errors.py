@@ -1,0 +1,24 @@
+"""What a run raises once it is under way, and how an error becomes one line."""
+
+from typing import Any
+
+
+class DataError(ValueError):
+    """The data, found while reading it, cannot be trained on."""
+
+
+class TooManyUnreadableError(DataError):
+    """Agreed on by all processes, where a DataError otherwise comes from one of them."""
+
+
+class NonFiniteError(FloatingPointError):
+    """Training cannot go on; ``report`` has what a replay of the update needs."""
+
+    def __init__(self, message: str, report: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def one_line(error: BaseException) -> str:
+    """The message without line breaks; the type's name where there is none."""
+    return " ".join(str(error).split()) or type(error).__name__
