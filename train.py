@@ -42,7 +42,7 @@ from sgconvnext.watch import Watch
 _logger = logging.getLogger("train")
 
 
-RETRY_S = 2.0  # between two attempts at the last checkpoint, which no later update will write again
+RETRY_S = 30.0  # at least so long between two attempts to save
 
 
 def main() -> None:
@@ -85,10 +85,13 @@ def finish(run: "Run") -> None:
         told = preflight.too_much(run.training, f"the memory of {run.world.device}")
         distributed.fail("train.py", RuntimeError(told), code=1, alone=True)
     except RuntimeError as error:  # torch has no types for the next two
-        message = (str(error).splitlines() or [""])[0]
-        if "DataLoader worker" in message:
-            cure = "out of memory? lower data.workers; resume=auto goes on from the last checkpoint"
+        message, last = (str(error).splitlines() or [""])[0], (str(error).splitlines() or [""])[-1]
+        if "DataLoader worker (pid" in message:
+            cure = "out of memory, or of shared memory in /dev/shm? lower data.workers; resume=auto goes on"
             distributed.fail("train.py", RuntimeError(f"{message} ({cure})"), code=1, alone=True)
+        if "in DataLoader worker process" in message:
+            cure = "see data.workers, and /dev/shm if it is about shared memory"
+            distributed.fail("train.py", RuntimeError(f"a loader worker failed: {last} ({cure})"), code=1, alone=True)
         if isinstance(error, DistError) or "gloo" in message:
             distributed.fail(
                 "train.py", RuntimeError("another process of this run has ended; see its message"), code=1
@@ -157,11 +160,12 @@ class Run:
         )
         self.train_loader = data.TrainLoader(train, config, world)
         self.val_loader: DataLoader[Any] = data.create_eval_loader(val, config, world)
-        self.progress, self.best, self.failures = engine.Progress(0), -math.inf, 0
+        self.progress, self.best = engine.Progress(0), -math.inf
+        self.failures, self.failed = 0, 0.0  # to save, in a row, and when the last was
         self.history: list[dict[str, float]] = []
         self.drawn: dict[str, Any] | None = None  # random numbers at the epoch's start
         self.drawn_now: dict[str, Any] | None = None  # and where a resumed epoch goes on
-        self.facts = resume.facts(world.size, world.device.type, len(train))
+        self.facts = resume.facts(world.size, world.device.type, train.dataset, val.dataset)
         self.saved = found
         self.watch: Watch | None = None  # of rank 0
         if found is not None:
@@ -206,7 +210,9 @@ class Run:
         optim.load_state(t.optimizer, state["optimizer"])
         if state["amp_scaler"]:
             t.scaler.load_state_dict(state["amp_scaler"])
-        self.progress, self.best, self.history = engine.Progress(**state["progress"]), state["best"], state["history"]
+        self.progress, self.history = engine.Progress(**state["progress"]), state["history"]
+        if path.parent.resolve() == self.folder.path.resolve():  # else the best is another folder's
+            self.best = state["best"]
         if self.world.size == len(state["ranks"]):
             own = state["ranks"][self.world.rank]
             self.drawn, self.drawn_now = own["epoch"], own["now"]
@@ -223,7 +229,8 @@ class Run:
             _logger.warning("set aside as %s: it is later than %s", aside, self.saved)
         if self.saved in self.folder.files():
             self.folder.point("last.pth", self.saved)
-            if self.progress.update == 0 and score(self.history[-1]) >= self.best:
+            *earlier, last = [-math.inf, *map(score, self.history)]
+            if self.progress.update == 0 and last == self.best > max(earlier):
                 self.folder.point("best.pth", self.saved)  # a kill may have come between checkpoint and link
         self.watch = Watch(self.config, self.history)
         text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
@@ -286,7 +293,8 @@ class Run:
             if t.stop.agreed:
                 bar.close()
                 self.leave()
-            if p.update < self.updates and ((every and p.update % every == 0) or (logged and self.failures)):
+            again = logged and self.failures and time.perf_counter() - self.failed > RETRY_S
+            if p.update < self.updates and ((every and p.update % every == 0) or again):
                 self.save()
         bar.close()
         seconds = time.perf_counter() - began
@@ -365,11 +373,11 @@ class Run:
         shown = " ".join(f"{key} {metrics[key]:.4g}" for key in metrics if key != "epoch")
         _logger.info("epoch %d: %s%s", metrics["epoch"], shown, " (best)" if best and not self.failures else "")
 
-    def save(self, best: bool = False) -> bool:
-        """Write a checkpoint of this place. A failure is told, and tried again at the next line of the log.
+    def save(self, best: bool = False, leaving: bool = False) -> bool:
+        """Write a checkpoint of this position. A failure is told, and tried again with a later line of the log.
 
         Raises:
-            OSError: it was the last of save.max_failures in a row.
+            OSError: it was the last of save.max_failures in a row; not when the run is leaving anyway.
         """
         p = self.progress
         now = None if self.drawn is None else rng.state(self.world.device)  # None: between two epochs
@@ -378,17 +386,18 @@ class Run:
         try:
             self.world.on_first(lambda: self.folder.add(path, self.state(ranks), self.config.save.keep, best))
         except OSError as error:
-            self.failures += 1
-            if self.failures >= self.config.save.max_failures:
+            self.failures, self.failed = self.failures + 1, time.perf_counter()
+            if self.failures >= self.config.save.max_failures and not leaving:
                 raise OSError(f"{error}; given up after {self.failures} failures in a row, {self.last()}") from error
             if self.world.is_first:
-                _logger.warning("%s; %s, and the run goes on", error, self.last())
+                _logger.warning("%s; %s%s", error, self.last(), "" if leaving else ", and the run goes on")
             return False
         self.failures, self.saved = 0, path
         return True
 
     def last(self) -> str:
-        return f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
+        there = self.saved is not None and self.saved.exists()
+        return f"the last good checkpoint is {self.saved}" if there else "there is no checkpoint"
 
     def state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         """All that a run needs to go on, under timm's names where it has one."""
@@ -414,7 +423,7 @@ class Run:
     def leave(self) -> NoReturn:
         """End on a signal: with a checkpoint of this place, and the exit code that a shell gives the signal."""
         stop = self.training.stop
-        told = f"resume=auto goes on from {self.saved}" if self.save() else self.last()
+        told = f"resume=auto goes on from {self.saved}" if self.save(leaving=True) else self.last()
         _logger.info("%s: stopped after %s; %s", stop.name, self.position(), told)
         distributed.stop()
         sys.exit(stop.exit_code)

@@ -61,9 +61,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
         write_whole(beside, line + before)
         partial.replace(path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            write_whole(beside, before) if before else beside.unlink()
+            partial.unlink(missing_ok=True)
+            if before:
+                write_whole(beside, before)
+            else:
+                beside.unlink()
         reason = (hashing and hashing.error) or error
         raise OSError(f"checkpoint {str(path)!r} cannot be written: {one_line(reason)}") from error
     with contextlib.suppress(
@@ -195,6 +198,7 @@ def _problem(path: Path) -> str:
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[None]:
     """Make the output folder and lock it, on this machine: two runs in one folder would mix their files."""
+    made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         folder = os.open(out, os.O_RDONLY)
@@ -207,6 +211,9 @@ def lock(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+        if made:
+            with contextlib.suppress(OSError):  # it holds a run by now
+                out.rmdir()
 
 
 def _lock(folder: int, out: Path) -> None:
@@ -215,9 +222,7 @@ def _lock(folder: int, out: Path) -> None:
     except BlockingIOError as error:
         raise ValueError(f"out={str(out)!r} is in use by another run; wait for it, or name another") from error
     except OSError as error:
-        _logger.warning(
-            "out=%r: its file system has no locks (%s); start no second run in it", str(out), error.strerror
-        )
+        _logger.warning("out=%r: its disk has no locks (%s); start no second run in it", str(out), error.strerror)
 
 
 class Folder:
@@ -263,18 +268,24 @@ class Folder:
             wrong.append(problem)
         if wrong:
             raise ValueError(
-                f"out={str(self.path)!r} has no good checkpoint among {len(wrong)}, the newest: {wrong[0]}; restore one, "
-                "or name another out"
+                f"out={str(self.path)!r} has no good checkpoint among {len(wrong)}, the newest: {wrong[0]}; restore "
+                "one, or name another out"
             )
         return None, wrong
 
     def add(self, path: Path, state: dict[str, Any], keep: int, best: bool) -> None:
         """Save, point ``last.pth`` (and ``best.pth``) at it, then remove all but the newest ``keep`` and the best."""
         save(path, state)
-        self.point("last.pth", path)
-        if best:
-            self.point("best.pth", path)
-        spared = {*self.files()[:keep], (self.path / "best.pth").resolve(), path}
+        try:
+            self.point("last.pth", path)
+            if best:
+                self.point("best.pth", path)
+            self._prune(keep, path)
+        except OSError as error:  # it is saved all the same
+            _logger.warning("%s: %s", path, one_line(error))
+
+    def _prune(self, keep: int, newest: Path) -> None:
+        spared = {*self.files()[:keep], (self.path / "best.pth").resolve(), newest}
         for old in self.files():
             if old not in spared and old.resolve() not in spared:
                 old.unlink()

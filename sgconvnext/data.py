@@ -2,13 +2,16 @@
 
 import itertools
 import tarfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from timm.data import Mixup, create_dataset, create_transform
+from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import FakeData
 
@@ -22,6 +25,7 @@ from .signals import settle_worker
 
 # timm's and torchvision's own names of a split; with any other name torchvision would quietly take the test images
 TRAIN_NAMES = ("train", "training")
+QUIET_S = 0.1
 VAL_NAMES = ("val", "valid", "validation", "eval", "evaluation", "test")
 
 
@@ -225,6 +229,20 @@ class _Order(DistributedSampler[Any]):
         return itertools.islice(super().__iter__(), self.start, None)
 
 
+class _Loader(DataLoader[Any]):
+    """A loader whose workers are forked while gloo's threads rest.
+
+    Right after a collective they attach to Python for an instant; a fork at that instant hangs the child for ever on
+    Python 3.11 (it waits in PyOS_AfterFork_Child for a lock whose holder was not forked). Seen once in some hundred
+    forks; waiting gives them time to finish.
+    """
+
+    def __iter__(self) -> Any:
+        if self.num_workers and dist.is_initialized():
+            time.sleep(QUIET_S)
+        return super().__iter__()
+
+
 class TrainLoader:
     """Shuffled batches of one epoch for this process; the images that do not fill a global batch are left out."""
 
@@ -233,12 +251,12 @@ class TrainLoader:
         self.order: _Order | None = None
         if isinstance(self.dataset, Images):
             self.order = _Order(self.dataset, world.size, world.rank, seed=config.seed, drop_last=True)
-        self.loader = DataLoader(
+        self.loader = _Loader(
             self.dataset,
             batch_size=self.batch,
             sampler=self.order,
             drop_last=True,
-            collate_fn=collate,
+            collate_fn=partial(collate, name=self.dataset.name),
             **_loader_options(config, world),
         )
 
@@ -264,7 +282,7 @@ def create_eval_loader(split: Split, config: Config, world: World) -> DataLoader
         sampler = range(world.rank, len(split), world.size)
     else:
         split.dataset.plan(0, world.rank, world.size, config.optim.batch_per_device)
-    return DataLoader(
+    return _Loader(
         split.dataset,
         batch_size=config.optim.batch_per_device,
         sampler=sampler,

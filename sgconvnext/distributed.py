@@ -34,6 +34,11 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def spread(self, values: Tensor) -> None:
+        """Overwrite the values with those of rank 0."""
+        if self.size > 1:
+            dist.broadcast(values, src=0)
+
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank, on each of them."""
         values = [value]

@@ -32,6 +32,7 @@ from .signals import STOPPING, StopRequest
 
 _logger = logging.getLogger(__name__)
 
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -131,6 +132,10 @@ def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: 
         t.scaler.step(t.optimizer)
     t.scaler.update()
     t.optimizer.zero_grad(set_to_none=True)
+    for module in t.model.modules():  # or every process would average, evaluate and save running means of its own
+        if isinstance(module, BATCH_NORM):
+            for buffer in module.buffers():
+                t.world.spread(buffer)
     if t.ema is not None:
         t.ema.update(t.model)
     progress.update += 1

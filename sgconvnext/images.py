@@ -1,5 +1,6 @@
 """Image files as they come: odd ones decoded, unreadable ones counted and replaced, each told by its place."""
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ _logger = logging.getLogger(__name__)
 UNREADABLE = 1
 # what Sample.fault and Batch.faults count; all but the unreadable ones are decoded
 FAULTS = ("", "unreadable", "CMYK", "palette", "16-bit", "EXIF-rotated", "very large")
+MAX_ASPECT = 200  # to resize the short side of a longer strip to a crop would take gigabytes
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright, 2 to 8 are turned or mirrored
 
 
@@ -50,6 +52,10 @@ class TellsFaults:
 
     def name(self, place: int) -> str:
         """What a person finds the image by: its path, or its number."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """SHA-256 of the names and classes, as far as they are known without opening an image."""
         raise NotImplementedError
 
     def tell(self, batch: Batch) -> None:
@@ -104,6 +110,22 @@ class Images(TellsFaults, Dataset[Sample]):
             return str(self.source.reader.filename(place, absolute=True))
         return str(self.source.samples[place][0]) if hasattr(self.source, "samples") else f"image {place}"
 
+    def targets(self) -> list[int] | None:
+        """Every image's class, where the dataset has a list of them."""
+        reader: Any = getattr(self.source, "reader", None)
+        found = getattr(self.source, "targets", None)
+        if found is None:
+            found = getattr(reader, "targets", None)  # of a tar file
+        if found is None and hasattr(reader, "samples"):
+            found = [sample[1] for sample in reader.samples]
+        return None if found is None else [int(target) for target in found]
+
+    def digest(self) -> str:
+        names: list[str] = []
+        if hasattr(self.source, "reader") and self.targets() is not None:
+            names = [str(self.source.reader.filename(place)) for place in range(len(self))]  # below the root
+        return hashlib.sha256(repr((len(self), names, self.targets())).encode()).hexdigest()
+
 
 def unreadable(target: int, place: int, error: Exception) -> Sample:
     """What stands for an image that could not be read, with the reason in one line."""
@@ -116,6 +138,8 @@ def decode(image: Image.Image, upright: bool = False) -> tuple[Image.Image, int]
     As timm and torchvision, alpha is dropped and EXIF's orientation ignored, but for ``upright``. Unlike them, 16-bit
     greys are divided by 256; Pillow's own conversion makes everything above 255 white.
     """
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"it is {image.width} x {image.height} pixels")
     fault = FAULTS.index("very large") if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 2**62) else 0
     if image.getexif().get(ORIENTATION) in range(2, 9):
         fault = FAULTS.index("EXIF-rotated")
@@ -131,12 +155,18 @@ def decode(image: Image.Image, upright: bool = False) -> tuple[Image.Image, int]
     return image.convert("RGB"), fault
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """A training batch; for an image that could not be read another of the batch stands in, and its class with it."""
+def collate(samples: list[Sample], name: Callable[[int], str] = str) -> Batch:
+    """A training batch; for an image that could not be read another of the batch stands in, and its class with it.
+
+    Raises:
+        DataError: there is no other.
+    """
     good = [sample for sample in samples if sample.image is not None]
     if not good:
+        first = samples[0]
         raise DataError(
-            f"not one of the {len(samples)} images of a batch can be read, from number {samples[0].place} on"
+            f"no image of a batch of {len(samples)} can be read, the first is {name(first.place)} ({first.reason}); "
+            "repair them, or raise optim.batch_per_device so that another can stand in"
         )
     shown = [sample if sample.image is not None else good[i % len(good)] for i, sample in enumerate(samples)]
     return _batch(shown, samples)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from . import rng
 from .checkpoint import Folder
 from .engine import Training, forward_loss
-from .images import Batch
+from .errors import one_line
+from .images import Batch, Images
 
 GIB = 2**30
 
@@ -27,16 +28,10 @@ def kernels(model: nn.Module, img_size: int | tuple[int, int]) -> list[str]:
 
 def class_counts(dataset: Any) -> str:
     """How many images the classes have, for datasets that can tell without opening them."""
-    source: Any = getattr(dataset, "source", None)
-    targets = getattr(source, "targets", None)
-    reader: Any = getattr(source, "reader", None)
-    if targets is None:
-        targets = getattr(reader, "targets", None)  # of a tar file
-    if targets is None and hasattr(reader, "samples"):
-        targets = [sample[1] for sample in reader.samples]
+    targets = dataset.targets() if isinstance(dataset, Images) else None
     if targets is None:
         return "images per class unknown"
-    counts = Counter(int(target) for target in targets)
+    counts = Counter(targets)
     fewest, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     return f"{counts[fewest]} (class {fewest}) to {counts[most]} (class {most}) images per class"
 
@@ -55,14 +50,20 @@ def disk(out: Path, size: int, keep: int) -> str:
         ValueError: it does not suffice for them.
     """
     folder = next(path for path in [out.absolute(), *out.absolute().parents] if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"out={str(out)!r} cannot be written: {folder} is no writable folder; name another")
     free = shutil.disk_usage(folder).free
     missing = max(1, keep + 2 - len(Folder(out).files()))
     if free < missing * size:
         raise ValueError(
-            f"out={str(out)!r} has {free / GIB:.2f} GiB free, but {missing} more checkpoints of {size / GIB:.2f} GiB "
-            "need to fit; make room, lower save.keep, or name another disk"
+            f"out={str(out)!r} has {_shown(free)} free, but {missing} more checkpoints of {_shown(size)} need to fit; "
+            "make room, lower save.keep, or name another disk"
         )
-    return f"{size / GIB:.3f} GiB a checkpoint, {keep + 2} at most at a time; {free / GIB:.1f} GiB free in {out}"
+    return f"{_shown(size)} a checkpoint, {keep + 2} at most at a time; {_shown(free)} free in {out}"
+
+
+def _shown(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def rehearse(t: Training, shape: tuple[int, int, int]) -> str:
@@ -76,7 +77,7 @@ def rehearse(t: Training, shape: tuple[int, int, int]) -> str:
         shape: (channels, height, width) of an image.
 
     Raises:
-        ValueError: out of memory, or more than the machine has.
+        ValueError: out of memory, more than the machine has, or the model refuses the images.
     """
     device, whole = t.world.device, t.config.optim.batch_per_device
     parameters = sum(p.numel() * p.element_size() for p in t.model.parameters())
@@ -116,6 +117,11 @@ def _forward_backward(t: Training, size: int, shape: tuple[int, int, int]) -> in
         except torch.OutOfMemoryError as error:
             name = torch.cuda.get_device_name(t.world.device)
             raise ValueError(too_much(t, f"{name}'s memory")) from error
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ValueError(
+                f"model.name={t.config.model.name!r} cannot train at data.img_size={t.config.data.img_size} with "
+                f"optim.batch_per_device={t.config.optim.batch_per_device}: {one_line(error)}"
+            ) from error
     return sum(kept.values())
 
 

@@ -38,6 +38,9 @@ def find(config: Config, folder: Folder) -> Path | None:
             _logger.warning("%s; going on from %s", problem, newest)
         if newest is None and any(path.suffix == ".pth" for path in held):
             raise ValueError(f"out={config.out!r} holds {held[0].name} but no checkpoint-*.pth; use resume={held[0]}")
+        metrics, links = out / "metrics.jsonl", [out / "last.pth", out / "best.pth"]
+        if newest is None and (any(map(Path.is_symlink, links)) or (metrics.exists() and metrics.stat().st_size)):
+            raise ValueError(f"out={config.out!r} has lost the checkpoints of its run; name another out to start anew")
         return newest
     if held and (not config.resume or out.resolve() not in given.resolve().parents):
         raise ValueError(f"out={config.out!r} already holds a run; resume=auto continues it, another out starts anew")
@@ -46,9 +49,11 @@ def find(config: Config, folder: Folder) -> Path | None:
     return out / given.resolve().name if given.resolve().parent == out.resolve() else given
 
 
-def facts(processes: int, device: str, images: int) -> dict[str, Any]:
-    """What belongs to a run's numbers beside its knobs."""
-    return {"processes": processes, "device": device, "training_images": images}
+def facts(processes: int, device: str, training: Any, validation: Any) -> dict[str, Any]:
+    """What belongs to a run's numbers beside its knobs: the machine's, and the images of both datasets."""
+    images = {"training_images": training, "validation_images": validation}
+    told = {key: f"{len(dataset)} ({dataset.digest()[:12]})" for key, dataset in images.items()}
+    return {"processes": processes, "device": device, **told}
 
 
 def refuse_changes(state: dict[str, Any], config: Config, now: dict[str, Any], path: Path) -> None:
@@ -61,7 +66,7 @@ def refuse_changes(state: dict[str, Any], config: Config, now: dict[str, Any], p
         path: of the checkpoint, for the message.
 
     Raises:
-        ValueError: naming the first knob or fact that differs, both values and the cure.
+        ValueError: naming the knobs and facts that differ, both values and the cure.
     """
     if missing := KEYS - set(state):
         raise ValueError(
@@ -72,17 +77,19 @@ def refuse_changes(state: dict[str, Any], config: Config, now: dict[str, Any], p
     allowed = _allowed(config.allow_change, [*after])
     sharded = config.data.dataset.startswith("wds/")  # whose order depends on the workers
     free = FREE - {"data.workers"} if sharded else FREE
-    for key in sorted(key for key in after if before.get(key) != after[key] and key not in free):
+    changed = [key for key in sorted(after) if before.get(key) != after[key] and key not in free]
+    for key in changed:
         if state["progress"]["update"] and key in ORDER | (SHARD_ORDER if sharded else set()):
             raise ValueError(
                 f"resume={str(path)!r} is in the middle of an epoch, where {key}={before.get(key)} cannot become "
                 f"{after[key]}; change it at an epoch's end, from a checkpoint-*-000000.pth"
             )
-        if not any(_covers(name, key) for name in allowed):
-            raise ValueError(
-                f"resume={str(path)!r} was written with {key}={before.get(key)}, now it is {after[key]}; go on with "
-                f"the former, allow_change={key} to change it, or start anew with model.checkpoint"
-            )
+    if refused := [key for key in changed if not any(_covers(name, key) for name in allowed)]:
+        told = ", and with ".join(f"{key}={before.get(key)}, now it is {after[key]}" for key in refused)
+        raise ValueError(
+            f"resume={str(path)!r} was written with {told}; go on with the former, "
+            f"allow_change={','.join(refused)} to change it, or start anew with model.checkpoint"
+        )
 
 
 def _allowed(text: str, known: list[str]) -> list[str]:

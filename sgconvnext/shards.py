@@ -1,5 +1,6 @@
 """WebDataset's tar shards, cut into ranges of samples: each seen once an epoch, and taken up again in its middle."""
 
+import hashlib
 import json
 import random
 import re
@@ -111,6 +112,11 @@ class Shards(TellsFaults, IterableDataset[Sample]):
         """Where a sample lies, by its place in the epoch's order: ``train-000003.tar, sample 17``, counted from 0."""
         number = bisect_right(self.begins, place) - 1
         return f"{self.order[number].name}, sample {place - self.begins[number]}"
+
+    def digest(self) -> str:
+        """SHA-256 of the shards' names and lengths."""
+        told = repr((self.samples, [(shard.name, shard.length) for shard in self.shards]))
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()

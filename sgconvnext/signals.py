@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run with a checkpoint, a second one ends it at once."""
+"""SIGTERM, SIGINT and SIGHUP end a run with a checkpoint, a second one ends it at once."""
 
 import ctypes
 import multiprocessing
@@ -8,13 +8,13 @@ import sys
 import time
 from types import FrameType, TracebackType
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # of a scheduler, of Ctrl-C, of a closed terminal
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 ECHO_S = 1.0  # launchers may pass on a signal that has reached the process already: not yet a second request
 
 
 class StopRequest:
-    """Remembers the first SIGTERM or SIGINT while its block lasts; the run looks at it between updates.
+    """Remembers the first of STOPPING while its block lasts; the run looks at it between updates.
 
     A signal may reach one process of several: ``received`` is what this one got, ``agreed`` what all have heard of.
     """
@@ -25,7 +25,8 @@ class StopRequest:
         self._when = 0.0
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
+        ignored = {number for number in STOPPING if signal.getsignal(number) == signal.SIG_IGN}  # as nohup has it
+        self._before = {number: signal.signal(number, self._handle) for number in STOPPING if number not in ignored}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -191,7 +191,7 @@ def draw(history: list[Metrics], path: Path) -> None:
     panels = figure.subplots(1, len(PANELS), width_ratios=[4, 4, 2])
     for panel, heading in zip(panels, PANELS, strict=True):
         _draw_panel(panel, heading, history)
-    figure.suptitle(f"{path.resolve().parent.name}: {_best(history)}")
+    figure.suptitle(f"{path.resolve().parent.name}: {_best(history)}", parse_math=False)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     write_whole(path, png.getvalue())

@@ -66,6 +66,7 @@ def worker(number: int) -> None:
 
 def full(number: int) -> None:
     original, saved = checkpoint.save, 0
+    train.RETRY_S = 0.0
 
     def write(file: Any, data: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,5 +1,6 @@
 """A run that was stopped anywhere and resumed ends bit for bit as the run that never stopped, and how it would not."""
 
+import json
 import re
 import signal
 from collections.abc import Callable
@@ -233,7 +234,9 @@ def test_loss_scale_that_is_not_taken_up_is_seen(
 
 
 def test_two_processes_that_stop_in_the_middle_change_nothing(tmp_path: Path) -> None:
-    knobs = WHOLE | {"optim.batch_per_device": 4, "data.workers": 2}
+    # running means are what a process could keep for itself
+    network = {"model.name": "resnet10t", "model.kwargs": {}, "model.drop": 0.2}
+    knobs = WHOLE | network | {"optim.batch_per_device": 4, "data.workers": 2}
     path = write_config(tmp_path / "a.yaml", **knobs)
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert command("train.py", path, f"out={whole}", processes=2).returncode == 0
@@ -244,3 +247,5 @@ def test_two_processes_that_stop_in_the_middle_change_nothing(tmp_path: Path) ->
         assert "SIGTERM: stopped after" in done.stderr
     assert command("train.py", path, f"out={out}", "resume=auto", processes=2).returncode == 0
     assert same_run(out, whole)
+    done = command("validate.py", "--checkpoint", whole / "last.pth", processes=2)
+    assert json.loads(done.stdout)["loss"] == pytest.approx(metrics(whole)[-1]["val_loss"], rel=1e-6)

@@ -324,7 +324,7 @@ def test_stand_ins_of_a_batch_are_not_all_the_same() -> None:
 
 
 def test_batch_without_a_readable_image_is_refused_by_its_place() -> None:
-    with pytest.raises(DataError, match=r"3 images.*number 100"):
+    with pytest.raises(DataError, match=r"batch of 3 can be read, the first is 100"):
         collate(faulty(1, 1, 1))
 
 

@@ -137,11 +137,10 @@ def test_disk_must_have_room_for_the_checkpoints_that_are_not_there_yet(
         checkpoint.Folder(tmp_path).file(epoch, 0).touch()
     free["bytes"] = missing * GIB
     assert preflight.disk(tmp_path, GIB, keep=3) == (
-        f"1.000 GiB a checkpoint, 5 at most at a time; {missing}.0 GiB free in {tmp_path}"
+        f"1.00 GiB a checkpoint, 5 at most at a time; {missing}.00 GiB free in {tmp_path}"
     )
     free["bytes"] -= 1
-    room = f"{free['bytes'] / GIB:.2f} GiB free"
-    with refused(f"out={str(tmp_path)!r}", room, f"{missing} more", "1.00 GiB", "save.keep", "another disk"):
+    with refused(f"out={str(tmp_path)!r}", " free, but ", f"{missing} more", "1.00 GiB", "save.keep", "another disk"):
         preflight.disk(tmp_path, GIB, keep=3)
 
 
@@ -218,7 +217,7 @@ def test_rehearsal_that_fails_leaves_no_trace_either() -> None:
 
     t = training(micro_config(**ROUGH), timm.create_model("resnet10t", num_classes=10), criterion=fails)
     before = contents(t)
-    with pytest.raises(RuntimeError, match="wrong shape"):
+    with refused("model.name='sgconvnext_atto'", "data.img_size=32", "wrong shape"):
         preflight.rehearse(t, SIZE)
     unchanged(t, before)
 

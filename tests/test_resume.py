@@ -107,7 +107,7 @@ def test_path_inside_is_found_under_the_name_that_the_folder_has_for_it(
 
 # ---- what may differ
 
-FACTS = resume.facts(processes=2, device="cpu", images=80)
+FACTS = {"processes": 2, "device": "cpu", "training_images": "80 (abc)", "validation_images": "7 (def)"}
 
 
 def written_by(config: Config, update: int = 0) -> dict[str, Any]:
