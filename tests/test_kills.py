@@ -15,7 +15,7 @@ def test_run_survives_twelve_kills_at_random_moments(tmp_path: Path) -> None:
     assert len(done) == 12
     for name in ("SIGTERM", "SIGINT", "SIGKILL"):
         assert sum(line.startswith(name) for line in done) >= 2, done
-    assert sum("update" in line for line in done) >= 7, done  # the others came before the first
+    assert sum("after -" not in line for line in done) >= 6, done  # the others came before the first update
 
 
 def test_run_of_two_processes_survives_four_kills_of_torchrun(tmp_path: Path) -> None:
