@@ -121,9 +121,10 @@ class Images(TellsFaults, Dataset[Sample]):
         return None if found is None else [int(target) for target in found]
 
     def digest(self) -> str:
-        names: list[str] = []
-        if hasattr(self.source, "reader") and self.targets() is not None:
-            names = [str(self.source.reader.filename(place)) for place in range(len(self))]  # below the root
+        owner = getattr(self.source, "reader", self.source)
+        root, files = str(getattr(owner, "root", "")), getattr(owner, "samples", ())
+        # (path, class) in folders, (tarfile's record, ...) in tar files; the root may move
+        names = [str(getattr(file[0], "name", file[0])).removeprefix(root) for file in files]
         return hashlib.sha256(repr((len(self), names, self.targets())).encode()).hexdigest()
 
 

@@ -311,6 +311,21 @@ def test_decompression_bomb_is_not_decoded(
     assert "decompression bomb" in told
 
 
+def test_images_that_changed_between_two_runs_are_refused_and_moved_ones_are_not(
+    run_here: Run, refusal: Callable[..., str], tmp_path: Path
+) -> None:
+    root = write_images(tmp_path / "set", {"train": {"cat": 40, "dog": 40}, "val": {"cat": 2, "dog": 2}})
+    out = picture_run(run_here, root, tmp_path)
+    moved = root.rename(tmp_path / "moved")
+    run_here(train, out / "config.yaml", f"out={out}", "resume=auto", f"data.root={moved}")
+    (moved / "train" / "cat" / "0.png").rename(moved / "train" / "dog" / "99.png")  # as many, but one relabelled
+    (moved / "val" / "cat" / "0.png").unlink()
+    told = refusal(train, out / "config.yaml", f"out={out}", "resume=auto", f"data.root={moved}")
+    for words in ("training_images=80 (", "now it is 80 (", "validation_images=4 (", "now it is 3 ("):
+        assert words in told
+    assert "allow_change=training_images,validation_images" in told
+
+
 # ---- loader workers
 
 

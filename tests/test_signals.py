@@ -110,3 +110,18 @@ def test_loader_workers_are_in_a_process_group_of_their_own() -> None:
         worker, group, parent = next(batches).images[0].tolist()
         assert parent == os.getpid() != worker
         assert group == worker != os.getpgid(0)
+
+
+def test_closed_terminal_ends_a_run_unless_it_is_to_be_ignored() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with signals.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+        with signals.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -295,6 +295,28 @@ def test_best_checkpoint_is_kept_while_later_epochs_are_worse_also_after_resumin
     assert aside == {"checkpoint-0003-000000.pth.aside", "checkpoint-0004-000000.pth.aside"}
 
 
+def test_best_of_two_equal_epochs_stays_the_first_after_resuming(
+    run_here: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = {"top1": 50.0, "top5": 100.0, "loss": 1.0, "count": 7, "unreadable": 0}
+    monkeypatch.setattr(engine, "evaluate", lambda *_: result)
+    out = micro_run(run_here, tmp_path)
+    for _ in range(2):
+        assert (out / "best.pth").resolve().name == "checkpoint-0001-000000.pth"
+        micro_run(run_here, tmp_path, "resume=auto")
+
+
+def test_checkpoints_that_were_removed_are_missed(
+    first: tuple[Path, str], refusal: Callable[..., str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(first[0], out, symlinks=True)
+    for path in out.glob("checkpoint-*"):
+        path.unlink()
+    assert "lost the checkpoints" in refusal(train, out / "config.yaml", f"out={out}", "resume=auto")
+    assert len(metrics(out)) == 2
+
+
 def test_loss_that_is_not_finite_ends_the_run_and_saves_nothing(
     run_here: Callable[..., None],
     tmp_path: Path,
