@@ -1,6 +1,7 @@
 """What every test starts from."""
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from training_helpers import only_line
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have us, and the runs that we start, ignore it
 torch.set_num_threads(1)  # the tensors are tiny: on a busy machine threads would mostly wait for each other
 
 

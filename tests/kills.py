@@ -134,15 +134,13 @@ def survive(folder: Path, kills: int, processes: int, seed: int) -> list[str]:
     want = straight(folder / "straight", processes)
     chance, done = random.Random(seed), []
     while len(done) < kills:
-        place = folder / f"killed-{len(done)}"
-        place.mkdir()
+        place = Path(tempfile.mkdtemp(prefix="killed-", dir=folder))
         run = Killed(place, processes)
         ended = False
         while not ended and len(done) + len(run.told) < kills:
             number = chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-            ended = run.kill(
-                number, chance.choice([chance.uniform(0, 1.5), chance.uniform(0, 1.5), -chance.uniform(0, 6)])
-            )
+            in_training = chance.random() < 0.8  # else anywhere between the interpreter's start and then
+            ended = run.kill(number, chance.uniform(0, 1.5) if in_training else -chance.uniform(0, 6))
         log = place / "end.log"
         assert run.start("resume=auto", log=log).wait(300) == 0, log.read_text()
         assert fingerprint(run.out / "last.pth") == want, run.told
