@@ -25,8 +25,9 @@ class StopRequest:
         self._when = 0.0
 
     def __enter__(self) -> "StopRequest":
-        ignored = {number for number in STOPPING if signal.getsignal(number) == signal.SIG_IGN}  # as nohup has it
-        self._before = {number: signal.signal(number, self._handle) for number in STOPPING if number not in ignored}
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [number for number in STOPPING if not (number == signal.SIGHUP and nohup)]
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
