@@ -1,6 +1,7 @@
 """Datasets by name, ConvNeXt's transforms, and loaders that give every process its share."""
 
 import itertools
+import signal
 import tarfile
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from .distributed import World
 from .errors import one_line
 from .images import Batch, Images, collate, collate_readable
 from .shards import Shards
-from .signals import settle_worker
+from .signals import STOPPING, settle_worker
 
 # timm's and torchvision's own names of a split; with any other name torchvision would quietly take the test images
 TRAIN_NAMES = ("train", "training")
@@ -240,7 +241,11 @@ class _Loader(DataLoader[Any]):
     def __iter__(self) -> Any:
         if self.num_workers and dist.is_initialized():
             time.sleep(QUIET_S)
-        return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until a worker has left the process group
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class TrainLoader:

@@ -68,3 +68,7 @@ def settle_worker(worker: int) -> None:
     """
     os.setpgid(0, 0)
     follow_parent(signal.SIGKILL)
+    for number in STOPPING:  # what came for the old group, blocked since the fork, is dropped
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loader's own way to end a worker
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
