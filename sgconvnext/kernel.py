@@ -50,11 +50,11 @@ def multiscale_kernel(weight: Tensor, length: int, decay: str, alpha: tuple[floa
         if end >= length:  # scales beyond the length have no tap
             break
         if i > 1:  # the first two scales are d long, each later one doubles
-            size *= 2
+            size = size * 2  # not *=: torch.jit.trace has tensors for sizes, and end may be the same one
         scales.append(weight[:, i])
         if i > 1:
             scales[i] = F.interpolate(scales[i], size=size, mode="linear", align_corners=False)
-        end += size
+        end = end + size
     kernel = torch.cat(scales, dim=-1)[..., :length]
     if decay == "position":
         position = torch.arange(1, length + 1, device=weight.device, dtype=weight.dtype)

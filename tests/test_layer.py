@@ -520,6 +520,16 @@ def test_scripted_layer_equals_eager_at_any_size(options: dict[str, object]) -> 
         assert relative_error(scripted(x), layer(x)) <= 2e-6
 
 
+@scripting
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("options", [{}, {"bidirectional": False}, {"decay": "position"}, {"dilation": 2}], ids=str)
+def test_traced_layer_equals_eager(options: dict[str, object]) -> None:
+    """Tracing makes tensors of sizes, which `+=` and `*=` change in place."""
+    layer, x = SGConv2d(3, (16, 16), **options), torch.randn(2, 3, 16, 16)
+    traced = torch.jit.trace(layer, torch.randn(2, 3, 16, 16), check_trace=False)
+    assert relative_error(traced(x), layer(x)) <= 2e-6
+
+
 @pytest.mark.parametrize("size", [(4, 6), (5, 3)], ids=str)
 def test_layer_compiles_without_a_graph_break(size: tuple[int, int]) -> None:
     torch.compiler.reset()
