@@ -8,20 +8,19 @@ torchrun the images are shared out and each is counted once, whatever the number
 
 import argparse
 import json
-from typing import Any
 
 import torch
 
 import sgconvnext  # noqa: F401  registers the models with timm
 from sgconvnext import build, checkpoint, data, distributed, engine
-from sgconvnext.config import Config, from_dict, merge, parse_overrides
 
 
 def main() -> None:
     args = parse_args()
     try:
         state = checkpoint.load(args.checkpoint)
-        config = checkpoint_config(state, args)
+        root = [] if args.data_root is None else [f"data.root={args.data_root}"]
+        config = build.run_config(state, args.checkpoint, [*root, *args.overrides])
         world = distributed.start(config.run.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
         val = data.create_split(config, train=False)
@@ -48,16 +47,6 @@ def parse_args() -> argparse.Namespace:
     args, dashed = parser.parse_known_args()
     args.overrides += dashed  # refused by the same message as any other misspelt override
     return args
-
-
-def checkpoint_config(state: dict[str, Any], args: argparse.Namespace) -> Config:
-    """The configuration of the run that wrote the checkpoint, with the command line's changes."""
-    tree = state.get("args")
-    if not isinstance(tree, dict):
-        raise ValueError(f"checkpoint {args.checkpoint!r} carries no configuration; it was not written by train.py")
-    root = [] if args.data_root is None else [f"data.root={args.data_root}"]
-    tree = merge(tree, parse_overrides([*root, *args.overrides]))
-    return from_dict(tree, args.checkpoint)
 
 
 if __name__ == "__main__":

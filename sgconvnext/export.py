@@ -20,7 +20,7 @@ from timm.models._hub import save_config_for_hf  # save_for_hf, which is public,
 from torch import nn
 
 from . import build, checkpoint, distributed
-from .config import Config, from_dict
+from .config import Config
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # timm's names
 
@@ -64,7 +64,7 @@ def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
         if (Path(folder) / name).exists():
             raise ValueError(f"folder {folder!r} already holds {name}; name another, or remove it")
     state = checkpoint.load(path)
-    model, config = trained_model(state, ema, path)
+    model, config = build.trained_model(state, ema, path)
     metadata = {
         "format": "pt",  # which timm and transformers look for
         "arch": model.pretrained_cfg["architecture"],
@@ -79,20 +79,6 @@ def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
         f"{metadata['weights']} weights of {metadata['arch']}, epoch {metadata['epoch']}, are in {folder}; load them: "
         f"import sgconvnext, timm; timm.create_model('local-dir:{folder}', pretrained=True)"
     )
-
-
-def trained_model(state: dict[str, Any], ema: bool, path: str) -> tuple[Any, Config]:
-    """The model of a checkpoint with its weights, and the configuration of the run that wrote it."""
-    if missing := {"args", "epoch"} - set(state):
-        raise ValueError(f"checkpoint {path!r} lacks {', '.join(sorted(missing))}; it was not written by train.py")
-    config = from_dict(state["args"], path)
-    classes = config.model.num_classes
-    if classes is None:
-        raise ValueError(f"checkpoint {path!r} has model.num_classes=null; it was not written by train.py")
-    weights = checkpoint.weights(state, ema, path)
-    model = build.create_model(config, classes, start=False)
-    checkpoint.load_weights(model, weights, path)
-    return model, config
 
 
 def write_folder(

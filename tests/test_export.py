@@ -14,13 +14,11 @@ from helpers import refused
 from safetensors import safe_open
 from timm.data import resolve_model_data_config
 from timm.models import load_checkpoint
-from training_helpers import command, micro_config
+from training_helpers import command, micro_config, randomized, trained
 
 from sgconvnext import build, checkpoint, export
-from sgconvnext.config import Config, to_dict
 from sgconvnext.export import export_checkpoint
 
-CLASSES = {"walrus": 1, "ant": 2, "zebra": 0}
 PREPROCESSING = {
     "data.img_size": [32, 64],
     "data.mean": [0.1, 0.2, 0.3],
@@ -29,30 +27,6 @@ PREPROCESSING = {
     "data.crop_mode": "squash",
     "data.interpolation": "bilinear",
 }
-
-
-def trained(folder: Path, **changes: Any) -> tuple[str, torch.nn.Module, torch.nn.Module]:
-    """A checkpoint as train.py writes it, and the model and EMA whose weights are in it; no two of them alike."""
-    config = micro_config(**{"model.num_classes": 3} | changes)
-    config.model.img_size = config.data.img_size
-    model, ema = (randomized(config) for _ in range(2))
-    state = {
-        "state_dict": model.state_dict(),
-        "state_dict_ema": ema.state_dict(),
-        "epoch": 4,
-        "args": to_dict(config),
-        "class_to_idx": CLASSES,
-    }
-    checkpoint.save(folder / "best.pth", state)
-    return str(folder / "best.pth"), model, ema
-
-
-def randomized(config: Config) -> torch.nn.Module:
-    """Layer scale at 1e-6 would hide from the logits what the blocks compute."""
-    model = build.create_model(config, 3, start=False).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 def change(path: str, **changes: Any) -> None:

@@ -21,13 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 
 import train
 from sgconvnext import build, checkpoint, data, engine, optim
-from sgconvnext.config import Config, flatten, from_dict, merge
+from sgconvnext.config import Config, flatten, from_dict, merge, to_dict
 from sgconvnext.distributed import World
 from sgconvnext.images import Batch, Sample, TellsFaults, collate_readable
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 
+CLASSES = {"walrus": 1, "ant": 2, "zebra": 0}
 MICRO = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 
 # 5 updates of 16 noise images an epoch, no augmentation; neither 2 nor 3 processes divide the 7 validation images
@@ -213,6 +214,30 @@ def micro_run(run_here: Callable[..., None], folder: Path, *overrides: str, **ch
     folder.mkdir(exist_ok=True)
     run_here(train, write_config(folder / "a.yaml", **changes), f"out={folder / 'out'}", *overrides)
     return folder / "out"
+
+
+def trained(folder: Path, **changes: Any) -> tuple[str, torch.nn.Module, torch.nn.Module]:
+    """A checkpoint as train.py writes it, and the model and EMA whose weights are in it; no two of them alike."""
+    config = micro_config(**{"model.num_classes": 3} | changes)
+    config.model.img_size = config.data.img_size
+    model, ema = (randomized(config) for _ in range(2))
+    state = {
+        "state_dict": model.state_dict(),
+        "state_dict_ema": ema.state_dict(),
+        "epoch": 4,
+        "args": to_dict(config),
+        "class_to_idx": CLASSES,
+    }
+    checkpoint.save(folder / "best.pth", state)
+    return str(folder / "best.pth"), model, ema
+
+
+def randomized(config: Config) -> torch.nn.Module:
+    """Layer scale at 1e-6 would hide from the logits what the blocks compute."""
+    model = build.create_model(config, 3, start=False).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 def only_line(script: str, stderr: str) -> str:
