@@ -1,6 +1,5 @@
 """Where the metrics of a run go: metrics.jsonl and curves.png; TensorBoard and Weights & Biases where asked for."""
 
-import io
 import json
 import logging
 import math
@@ -10,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from . import figure
 from .checkpoint import write_whole
 from .config import Config, to_dict
 from .errors import one_line
@@ -185,16 +185,12 @@ def draw(history: list[Metrics], path: Path) -> None:
         history: at least one epoch.
         path: of the file, replaced as a whole.
     """
-    from matplotlib.figure import Figure  # not pyplot, whose figures and backend belong to the whole process
-
-    figure = Figure(figsize=(11, 3.6), dpi=100, layout="constrained")
-    panels = figure.subplots(1, len(PANELS), width_ratios=[4, 4, 2])
+    picture = figure.new(11, 3.6)
+    panels = picture.subplots(1, len(PANELS), width_ratios=[4, 4, 2])
     for panel, heading in zip(panels, PANELS, strict=True):
         _draw_panel(panel, heading, history)
-    figure.suptitle(f"{path.resolve().parent.name}: {_best(history)}", parse_math=False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    write_whole(path, png.getvalue())
+    picture.suptitle(f"{path.resolve().parent.name}: {_best(history)}", parse_math=False)
+    figure.save(picture, path)
 
 
 def _draw_panel(panel: Any, heading: str, history: list[Metrics]) -> None:
@@ -207,13 +203,10 @@ def _draw_panel(panel: Any, heading: str, history: list[Metrics]) -> None:
             marker = "o" if len(points) <= 20 else ""  # one epoch has no line
             panel.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, clip_on=False)
             ends.append((points[-1][1], f"{label} {points[-1][1]:.4g}".strip(), colour))
-    panel.set_title(heading, fontsize=10)
-    panel.set_xlabel("epoch")
+    figure.plain(panel, heading, "epoch", "")
     panel.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     first, last = history[0]["epoch"], history[-1]["epoch"]
     panel.set_xlim((first, last) if first < last else (first - 0.5, last + 0.5))
-    panel.grid(color="#e5e5e5")
-    panel.spines[["top", "right"]].set_visible(False)
     _label_ends(panel, ends)
 
 
