@@ -1,0 +1,286 @@
+"""Parameters, MACs and activations per stage and part, counted by fvcore with our own formulas for our operators.
+
+Units and conventions are fvcore's and timm's, so that numbers compare with theirs: a MAC is one multiply-add, or two
+FLOPs; norms and softmax cost 5 MACs per element and pooling 1; elementwise arithmetic (GELU, residual sums, layer
+scale) is free; activations are the outputs of convolutions and matrix products. Transforms and complex products cost
+half their FLOPs.
+"""
+
+import math
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import build
+from ..errors import one_line
+from ..layer import SGConv2d
+from ..longconv import fft
+from . import formulas
+from .table import Table
+from .workload import random_images, spoken_size
+
+with warnings.catch_warnings():  # to be imported, fvcore scripts a loss, and torch deprecates scripting
+    warnings.simplefilter("ignore", FutureWarning)
+    from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
+    from fvcore.nn.jit_handles import elementwise_flop_counter, generic_activation_jit, get_shape
+
+Handler = Callable[[list[Any], list[Any]], Any]
+
+# Operations that cost nothing by the convention above, beside those that fvcore itself leaves out
+ELEMENTWISE = frozenset(
+    f"aten::{name}{ending}"
+    for names in (
+        "add addcmul sub rsub mul div neg abs pow sqrt rsqrt exp log sin cos where lt le ne logical_and logical_or",
+        "gelu silu sigmoid tanh elu leaky_relu prelu relu6 hardtanh hardswish hardsigmoid softplus",
+        "clamp_min clamp_max channel_shuffle pixel_shuffle pixel_unshuffle feature_dropout",
+        "linspace ones_like flip unflatten alias repeat clone movedim expand_as pad meshgrid index_select",
+    )
+    for name in names.split()
+    for ending in ("", "_")
+)
+
+STEM, KERNEL, CONVOLUTION, MLP, NORM, HEAD, OTHER = PARTS = (
+    "stem and downsampling",
+    "kernel generation",
+    "convolution",
+    "MLP",
+    "norm and layer scale",
+    "head",
+    "other",
+)
+EXECUTED = f"{CONVOLUTION}, executed"
+COLUMNS = (STEM, KERNEL, CONVOLUTION, EXECUTED, MLP, NORM, HEAD, OTHER)
+
+# the outermost modules and parameters of ConvNeXt and SGConvNeXt, in timm's names, that a part consists of
+_MODULES = {
+    r"stem()": STEM,
+    r"stages\.(\d+)\.downsample": STEM,
+    r"stages\.(\d+)\.blocks\.\d+\.(?:sgconv|conv_dw)": CONVOLUTION,
+    r"stages\.(\d+)\.blocks\.\d+\.mlp": MLP,
+    r"stages\.(\d+)\.blocks\.\d+\.(?:norm|gamma)": NORM,
+    r"head()": HEAD,
+}
+_ALGORITHM, _EXECUTED = "long convolution, algorithm", "long convolution, executed"
+
+
+class UncountedError(ValueError):
+    """A model whose cost cannot be counted."""
+
+
+@dataclass
+class Cost:
+    """Parameters; MACs of the algorithm, MACs of what runs, and activations of a whole batch."""
+
+    parameters: int = 0
+    macs: float = 0
+    executed: float = 0
+    activations: float = 0
+
+    def __iadd__(self, other: "Cost") -> "Cost":
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        return self
+
+    def __neg__(self) -> "Cost":
+        return Cost(**{name: -value for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Count:
+    """Cost by (stage, part); a stage is "stem", "1" .. "4", "head", or "rest" for what is in none of them."""
+
+    costs: dict[tuple[str, str], Cost]
+
+    def total(self, stage: str | None = None, part: str | None = None) -> Cost:
+        """The sum over all stages and parts, or over one of them."""
+        total = Cost()
+        for (of_stage, of_part), cost in self.costs.items():
+            if stage in (None, of_stage) and part in (None, of_part):
+                total += cost
+        return total
+
+
+def count(model: nn.Module, images: Tensor) -> Count:
+    """Count a forward pass in evaluation mode, in which the model is left.
+
+    "macs" is the algorithm's: a long convolution of L tokens is three FFT steps of 2L points, whatever runs it.
+    "executed" is what the layer's backend runs at that length: FFTs of a padded length, or an L x L matrix product.
+
+    Args:
+        model: timm's; parts are told apart by the names that they have in ConvNeXt and SGConvNeXt.
+        images: (B, C, H, W); the model runs on them, twice.
+
+    Raises:
+        UncountedError: the model cannot run on them, or runs an operation that nobody wrote a formula for.
+    """
+    model = model.eval()
+    with torch.no_grad():
+        flops = _quiet(FlopCountAnalysis(model, images)).set_op_handle(**HANDLERS)
+        activations = _quiet(ActivationCountAnalysis(model, images)).set_op_handle(**_ACTIVATIONS)
+        try:
+            operators = flops.by_operator()  # runs the model; before it no operation is known
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise UncountedError(f"{type(model).__name__} on {tuple(images.shape)}: {one_line(error)}") from error
+        unknown = sorted(set(flops.unsupported_ops()) - ELEMENTWISE)
+        if unknown:
+            raise UncountedError(
+                f"{type(model).__name__} runs {', '.join(unknown)}, which no formula counts; add one to HANDLERS in "
+                "sgconvnext/profile/flops.py, or the name to ELEMENTWISE if it is free"
+            )
+        costs: defaultdict[tuple[str, str], Cost] = defaultdict(Cost)
+        for name, module in model.named_modules():
+            if place := _place(name):
+                stage, part = place
+                for found, cost in _costs(flops.by_operator(name), activations.total(name), part).items():
+                    costs[stage, found] += cost
+                kernel = isinstance(module, SGConv2d)  # all parameters of the layer make its taps
+                costs[stage, KERNEL if kernel else part].parameters += num_parameters(module)
+        for name, parameter in model.named_parameters():
+            if place := _place(name):
+                costs[place].parameters += parameter.numel()
+        rest = _costs(operators, activations.total(), OTHER)[OTHER]
+        rest.parameters = num_parameters(model)
+    for cost in costs.values():
+        rest += -cost
+    if rest != Cost():
+        costs["rest", OTHER] = rest
+    return Count(dict(costs))
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Trained or not."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _quiet(analysis: Any) -> Any:
+    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+
+
+def _place(name: str) -> tuple[str, str] | None:
+    """Stage and part of a module that is a whole part."""
+    for pattern, part in _MODULES.items():
+        if match := re.fullmatch(pattern, name):
+            return (str(int(match[1]) + 1) if match[1] else name), part
+    return None
+
+
+def _costs(operators: Counter[str], activations: float, part: str) -> dict[str, Cost]:
+    """Costs of a module by part: SGConv's interpolation is the generation of its kernel, all else the part itself."""
+    kernel = operators["upsample_linear1d"] if part == CONVOLUTION else 0
+    shared = operators.total() - operators[_ALGORITHM] - operators[_EXECUTED] - kernel
+    costs = {part: Cost(0, shared + operators[_ALGORITHM], shared + operators[_EXECUTED], activations)}
+    if kernel:
+        costs[KERNEL] = Cost(0, kernel, kernel)
+    return costs
+
+
+def _long_conv(executed: Callable[[int, int, int], float]) -> Handler:
+    """Both counts of one long convolution of x (B, C, L); a MAC is two FLOPs."""
+
+    def handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+        batch, channels, length = get_shape(outputs[0])
+        algorithm = formulas.fft_conv(batch, channels, 2 * length)
+        return Counter({_ALGORITHM: algorithm / 2, _EXECUTED: executed(batch, channels, length) / 2})
+
+    return handler
+
+
+def _einsum(inputs: list[Any], outputs: list[Any]) -> Any:
+    """A sum over products costs one MAC per value of all indices; the definition of the long convolution is one."""
+    equation = inputs[0].toIValue().replace(" ", "")
+    if equation == "cts,bcs->bct":
+        return _long_conv(formulas.toeplitz_conv)(inputs, outputs)
+    operands = equation.split("->")[0].split(",")
+    if len(operands) != 2 or "." in equation:
+        raise UncountedError(f"einsum {equation!r} has no formula; write it as products of two operands")
+    sizes: dict[str, int] = {}
+    for letters, value in zip(operands, inputs[1].node().inputs(), strict=True):
+        sizes |= dict(zip(letters, get_shape(value), strict=True))
+    return math.prod(sizes.values())
+
+
+def _interpolation(inputs: list[Any], outputs: list[Any]) -> float:
+    return formulas.linear_interpolation(math.prod(get_shape(outputs[0]))) / 2
+
+
+def _attention(inputs: list[Any], outputs: list[Any]) -> float:
+    """Queries times keys, and weights times values."""
+    queries, keys, values = (get_shape(value) for value in inputs[:3])
+    return float(math.prod(queries[:-1])) * keys[-2] * (queries[-1] + values[-1])
+
+
+HANDLERS: dict[str, Handler] = {
+    "prim::PythonOp._FFTConv": _long_conv(lambda b, c, length: formulas.fft_conv(b, c, fft.fft_length(length))),
+    "prim::PythonOp._ToeplitzConv": _long_conv(formulas.toeplitz_conv),
+    "aten::einsum": _einsum,
+    "aten::upsample_linear1d": _interpolation,
+    "aten::scaled_dot_product_attention": _attention,
+    **dict.fromkeys(
+        [f"aten::{name}" for name in ("mean", "sum", "norm", "linalg_vector_norm", "avg_pool2d", "max_pool2d")],
+        elementwise_flop_counter(1, 0),
+    ),
+    "aten::softmax": elementwise_flop_counter(5, 0),
+}
+_ACTIVATIONS: dict[str, Handler] = dict.fromkeys(
+    ("prim::PythonOp._FFTConv", "prim::PythonOp._ToeplitzConv", "aten::scaled_dot_product_attention"),
+    generic_activation_jit(),
+)
+
+
+def tables(models: Sequence[str], img_size: tuple[int, int], batch: int, stages: bool) -> list[Table]:
+    """Totals of every model, and its MACs by part.
+
+    Args:
+        models: timm's names, with arguments after commas.
+        img_size: height and width that the models are built for and run at.
+        batch: images; every count is divided by it, so that what a batch shares (the kernels) weighs less.
+        stages: a third table of every part of every stage.
+
+    Raises:
+        ValueError: a model that cannot be built, or counted.
+    """
+    what = f"per image of {spoken_size(img_size)} px in a batch of {batch}"
+    numbers = {"parameters": ",d", "GMACs": ".2f", "executed": ".2f", "GFLOPs": ".2f", "activations": ",.0f"}
+    totals = Table(
+        f"Cost of a forward pass, {what}",
+        {"model": ""} | numbers,
+        notes=[
+            "1 MAC = 2 FLOPs. GMACs and GFLOPs are the algorithm's, with FFTs of 2L points; executed: GMACs of the "
+            "backends that are chosen. As in timm, norms cost 5 MACs per element, and elementwise arithmetic nothing.",
+        ],
+    )
+    parts = Table(f"MMACs by part, {what}", {"model": ""})
+    details = Table(
+        f"Parts of the stages, {what}",
+        {
+            **{"model": "", "stage": "", "part": "", "parameters": ",d"},
+            **{"MMACs": ",.3f", "executed": ",.3f", "MFLOPs": ",.3f", "activations": ",.0f"},
+        },
+    )
+    for spec in models:
+        model = build.from_spec(spec, img_size)
+        counted = count(model, random_images(model, batch, img_size))
+        totals.rows.append({"model": spec} | _per_image(counted.total(), batch, "G", 1e9))
+        by_part = {part: _per_image(counted.total(part=part), batch, "M", 1e6) for part in PARTS}
+        row = {part: found["MMACs"] for part, found in by_part.items()} | {EXECUTED: by_part[CONVOLUTION]["executed"]}
+        parts.rows.append({"model": spec} | {part: macs for part, macs in row.items() if macs})
+        for (stage, part), cost in counted.costs.items():
+            details.rows.append({"model": spec, "stage": stage, "part": part} | _per_image(cost, batch, "M", 1e6))
+    parts.columns |= {part: ",.1f" for part in COLUMNS if any(part in row for row in parts.rows)}
+    return [totals, parts, details] if stages else [totals, parts]
+
+
+def _per_image(cost: Cost, batch: int, prefix: str, unit: float) -> dict[str, Any]:
+    return {
+        "parameters": cost.parameters,
+        f"{prefix}MACs": cost.macs / batch / unit,
+        "executed": cost.executed / batch / unit,
+        f"{prefix}FLOPs": 2 * cost.macs / batch / unit,
+        "activations": cost.activations / batch,
+    }

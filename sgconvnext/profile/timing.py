@@ -1,0 +1,88 @@
+"""Timing things against each other: in turns, so that a machine that slows down slows all of them."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Step = Callable[[], object]
+
+TURN_S = 0.1  # shorter turns would time the waiting for a GPU, longer ones let the machine change between two
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a step, by round and turn, beside those of the first thing timed in the same turns."""
+
+    rounds: list[list[float]]
+    first: list[list[float]]
+
+    @property
+    def by_round(self) -> list[float]:
+        """Seconds of a step, the median over each round's turns."""
+        return [statistics.median(turns) for turns in self.rounds]
+
+    @property
+    def median(self) -> float:
+        """Seconds of a step, over the rounds."""
+        return statistics.median(self.by_round)
+
+    @property
+    def spread(self) -> float:
+        """(slowest - fastest round) / median."""
+        return (max(self.by_round) - min(self.by_round)) / self.median
+
+    @property
+    def ratio(self) -> float:
+        """Speed over the first one's, as the median over all pairs of turns: above 1 is faster."""
+        first, own = map(itertools.chain.from_iterable, (self.first, self.rounds))
+        return statistics.median(a / b for a, b in zip(first, own, strict=True))
+
+
+def interleave(steps: Sequence[Step], device: torch.device, rounds: int, seconds: float) -> list[Timing]:
+    """Time steps in turns A B A B ... after a warm-up.
+
+    A turn of each lasts as long as one step of the slowest, or TURN_S; a round has as many turns as fill ``seconds``.
+
+    Args:
+        steps: what to time; the first is what the others are compared with.
+        device: waited for before and after every turn.
+        rounds: of all steps.
+        seconds: of every step in a round.
+    """
+    once = [_warm_up(step, device) for step in steps]
+    turn = max(TURN_S, *once)
+    repeats = [max(1, round(turn / step_s)) for step_s in once]
+    turns = max(1, round(seconds / turn))
+    times: list[list[list[float]]] = [[] for _ in steps]
+    for _ in range(rounds):
+        for own in times:
+            own.append([])
+        for _ in range(turns):
+            for step, repeat, own in zip(steps, repeats, times, strict=True):
+                own[-1].append(_turn(step, device, repeat))
+    return [Timing(own, times[0]) for own in times]
+
+
+def _warm_up(step: Step, device: torch.device) -> float:
+    """Seconds of the third step. The first two compile, choose algorithms and allocate, so they say nothing."""
+    _turn(step, device, 2)
+    return _turn(step, device, 1)
+
+
+def _turn(step: Step, device: torch.device, repeat: int) -> float:
+    """Seconds per step."""
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(repeat):
+        step()
+    _wait(device)
+    return (time.perf_counter() - start) / repeat
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

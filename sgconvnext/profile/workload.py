@@ -1,0 +1,158 @@
+"""What is measured of a model: a forward pass, or a whole training step, and the memory it takes."""
+
+import contextlib
+import multiprocessing
+import resource
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from .. import build
+from ..errors import one_line
+from .timing import Step
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DoesNotFitError(ValueError):
+    """The memory is too small for a model and its work."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How a model is run.
+
+    Args:
+        mode: "inference" (forward) or "training" (forward, cross-entropy, backward, AdamW step).
+        batch: images at a time.
+        img_size: height and width in pixels, for which the model is built if it takes a size.
+        dtype: of DTYPES; half precision by autocast, without a loss scale.
+        channels_last: memory format of model and images.
+        compile: run torch.compile's version for these very shapes.
+        device: "cpu" or "cuda".
+    """
+
+    mode: Literal["inference", "training"] = "inference"
+    batch: int = 1
+    img_size: tuple[int, int] = (224, 224)
+    dtype: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return f"{self.mode}, {spoken_size(self.img_size)} px, batch {self.batch}"
+
+
+def spoken_size(img_size: tuple[int, int]) -> str:
+    """``224`` or ``256x192``."""
+    height, width = img_size
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def random_images(model: nn.Module, batch: int, img_size: tuple[int, int]) -> Tensor:
+    """Normal noise (B, C, H, W) with the channels that the model's first convolution takes, or else three."""
+    convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return torch.randn(batch, convolution.in_channels if convolution else 3, *img_size)
+
+
+def settle_backends() -> None:
+    """Let cuDNN look for its fastest convolutions, and let fp32 be fp32: by default its convolutions are TF32."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def prepare(spec: str, work: Workload) -> Step:
+    """Build a model and its images, and return one step of the work."""
+    settle_backends()
+    torch.manual_seed(0)
+    device = torch.device(work.device)
+    layout = torch.channels_last if work.channels_last else torch.contiguous_format
+    model: Any = build.from_spec(spec, work.img_size).to(device).to(memory_format=layout)
+    images = random_images(model, work.batch, work.img_size).to(device, memory_format=layout)
+    run = torch.compile(model, dynamic=False) if work.compile else model
+    autocast = torch.autocast(device.type, DTYPES[work.dtype], enabled=work.dtype != "fp32")
+
+    def infer() -> None:
+        with torch.inference_mode(), autocast:
+            run(images)
+
+    if work.mode == "inference":
+        model.eval()
+        return infer
+    model.train()
+    # so small that hundreds of steps on the same images leave the weights, and so the work, as they were
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-7, weight_decay=0.05)
+    targets = torch.arange(work.batch, device=device) % model.num_classes
+
+    def train() -> None:
+        with autocast:
+            loss = F.cross_entropy(run(images), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train
+
+
+def peak_memory(spec: str, work: Workload) -> int:
+    """Bytes that a model and two steps of its work take at their peak, measured in a process of their own.
+
+    On CUDA the allocator's peak; on a CPU the peak of the resident set beyond the interpreter and its libraries.
+
+    Raises:
+        DoesNotFitError: the process ran out of memory, or was killed.
+        ValueError: the model cannot do this work.
+    """
+    torch.cuda.empty_cache()  # what this process keeps for later, that one may need
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_peak_here, spec, work, torch.get_num_threads()).result()
+        except BrokenProcessPool as error:
+            raise DoesNotFitError(f"{spec}, {work}: its process was killed, probably for its memory") from error
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise failure(spec, work, error) from error
+
+
+def failure(spec: str, work: Workload, error: Exception) -> ValueError:
+    """What an error of torch's means for the user."""
+    # the CPU's allocator has no exception of its own
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return DoesNotFitError(f"{spec}, {work}: out of memory")
+    return ValueError(f"{spec}, {work}: {one_line(error)}")
+
+
+def _peak_here(spec: str, work: Workload, threads: int) -> int:
+    torch.set_num_threads(threads)
+    layer = nn.Linear(1, 1)
+    create_optimizer_v2(layer, opt="adamw", lr=1e-3, weight_decay=0.05).step()  # imports half of torch
+    with contextlib.suppress(OSError):  # where Linux can forget the peak of the imports, it shall
+        Path("/proc/self/clear_refs").write_text("5")
+    before, _ = _resident()
+    step = prepare(spec, work)
+    step()
+    step()  # the first one makes the optimiser's state
+    if work.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return _resident()[1] - before
+
+
+def _resident() -> tuple[int, int]:
+    """Bytes of this process in memory, now and at most so far; where only the most is known, that twice."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # not getrusage: on Linux that starts from the memory of the process that started this one
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        now, most = (int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+        return now, most
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return most, most
