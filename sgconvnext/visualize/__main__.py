@@ -1,0 +1,102 @@
+"""Draw what a network learnt, as a PNG.
+
+    python -m sgconvnext.visualize kernels runs/digits/best.pth
+    python -m sgconvnext.visualize footprint sgconvnext_tiny --block 2
+    python -m sgconvnext.visualize features runs/digits/best.pth photo.jpg
+    python -m sgconvnext.visualize erf runs/ours/best.pth --against runs/convnext/best.pth
+
+A network is a checkpoint of train.py, or timm's name for an untrained one, with arguments of its own after commas.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import sgconvnext  # noqa: F401  registers the models with timm
+
+from .. import arguments, distributed, figure
+from . import features, kernels, pruning
+from .subject import Subject, load, untrained_convnext
+
+
+def main() -> None:
+    args = parse_args()
+    out = args.out or Path(f"{args.command}.png")
+    try:
+        figure.check(out)
+        subject = load(args.network, args.use_ema, args.knobs)
+        figure.save(args.draw(subject, args), out)
+    except (ValueError, OSError) as error:
+        distributed.fail("sgconvnext.visualize", error)
+    sys.stdout.write(f"{out}: {args.command} of {subject.title}\n")
+
+
+def draw_kernels(subject: Subject, args: argparse.Namespace) -> Any:
+    return kernels.draw_kernels(subject, args.block - 1)
+
+
+def draw_footprint(subject: Subject, args: argparse.Namespace) -> Any:
+    return kernels.draw_footprint(subject, args.block - 1)
+
+
+def draw_energy(subject: Subject, args: argparse.Namespace) -> Any:
+    return kernels.draw_energy(subject)
+
+
+def draw_features(subject: Subject, args: argparse.Namespace) -> Any:
+    return features.draw_features(subject, subject.image(args.image) if args.image else subject.images(1))
+
+
+def draw_erf(subject: Subject, args: argparse.Namespace) -> Any:
+    other = load(args.against) if args.against else untrained_convnext(subject)
+    images = subject.image(args.image) if args.image else subject.images(args.images)
+    return features.draw_receptive_fields([subject, other], images)
+
+
+def draw_pruning(subject: Subject, args: argparse.Namespace) -> Any:
+    found = pruning.measure(subject, args.images)
+    for point in found:
+        sys.stdout.write(f"{point.order}: {100 * point.share:.0f} % of the taps pruned, top-1 {point.top1:.2f} %\n")
+    return pruning.draw_pruning(subject, found)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m sgconvnext.visualize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, draw, text in (
+        ("kernels", draw_kernels, "taps against the lag, by stage and channel"),
+        ("footprint", draw_footprint, "the same taps by 2-D offset"),
+        ("energy", draw_energy, "energy kept against the kernel's length"),
+        ("features", draw_features, "stage outputs of an image"),
+        ("erf", draw_erf, "effective receptive field, beside ConvNeXt's"),
+        ("pruning", draw_pruning, "top-1 against the share of taps pruned"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(draw=draw)
+        sub.add_argument("network", metavar="CHECKPOINT_OR_MODEL", help="best.pth of a run, or timm's name")
+        if name in ("features", "erf"):
+            sub.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="else the run's validation images")
+        if name in ("kernels", "footprint"):
+            sub.add_argument(
+                "--block", type=arguments.count, default=1, metavar="N", help="of every stage, from 1 (1)"
+            )
+        if name == "erf":
+            sub.add_argument("--against", metavar="CHECKPOINT_OR_MODEL", help="(untrained ConvNeXt of the same size)")
+            sub.add_argument("--images", type=arguments.count, default=32, metavar="N", help="to average over (32)")
+        if name == "pruning":
+            sub.add_argument(
+                "--images", type=arguments.count, default=2000, metavar="N", help="validation images (2000)"
+            )
+        sub.add_argument("--use-ema", action="store_true", help="the checkpoint's average of the weights")
+        sub.add_argument("--set", dest="knobs", nargs="+", default=[], metavar="section.key=value", help="of the run")
+        sub.add_argument("--out", type=Path, metavar="PNG", help=f"({name}.png)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
