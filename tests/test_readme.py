@@ -8,9 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from training_helpers import ROOT, environment, write_config
 
 from sgconvnext import checkpoint
+from sgconvnext.profile import flops
+from sgconvnext.registry import SIZES
 
 README = (ROOT / "README.md").read_text()
 
@@ -31,8 +34,54 @@ def test_modules_that_the_layout_names_exist_and_none_is_missing() -> None:
     layout = README.split("## Layout")[1].split("```")[1]
     named = set(re.findall(r"\b(\w+\.py)\b", layout))
     there = {path.name for path in (ROOT / "sgconvnext").glob("*.py")} - {"__init__.py"}
+    for package in ("longconv", "profile", "visualize"):
+        [line] = re.findall(rf"^  {package}/ .*$", layout, re.MULTILINE)
+        modules = {path.stem for path in (ROOT / "sgconvnext" / package).glob("[!_]*.py")} - {"precision"}
+        assert modules <= set(re.findall(r"\w+", line)), package
     assert there <= named
     assert named - there == {"train.py", "validate.py", "kills.py"}
+
+
+def tables_of(text: str) -> list[list[dict[str, str]]]:
+    """Every Markdown table: its rows, heading to cell."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        header, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()]
+        found.append([dict(zip(header, row, strict=True)) for row in rows])
+    return found
+
+
+def cells_of(name: str, heading: str) -> list[dict[str, str]]:
+    """The rows of a model in every table with that heading."""
+    return [
+        row for rows in tables_of(README) for row in rows if heading in row and row.get("model", "").strip("`") == name
+    ]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameters_and_macs_that_are_printed_are_true(size: str) -> None:
+    ours = f"sgconvnext_{size}"
+    totals, parts = flops.tables([f"convnext_{size}", ours], (224, 224), batch=1, stages=False)
+    for table in (totals, parts):
+        for row, cells in zip(table.rows, table.cells(), strict=True):
+            true = dict(zip(table.columns, cells, strict=True))
+            heading = "executed" if table is totals else "stage"
+            [printed] = cells_of(row["model"], heading)
+            assert printed == true
+    for row in totals.rows:
+        parameters, gmacs = f"{row['parameters']:,d}", f"{row['GMACs']:.2f}"
+        timed = [printed for printed in cells_of(row["model"], "ratio") if printed["px"] == "224"]
+        assert len(timed) >= 2  # inference and training
+        assert {printed["parameters"] for printed in timed} == {parameters}
+        assert {printed["GMACs"] for printed in timed} == {gmacs}
+    assert {row["parameters"] for row in cells_of(ours, "depths")} == {f"{totals.rows[1]['parameters']:,d}"}
+
+
+def test_pictures_that_are_shown_are_small_and_all_are_shown() -> None:
+    shown = {ROOT / path for path in re.findall(r"\]\((docs/[^)]+\.png)\)", README)}
+    assert shown == set((ROOT / "docs").glob("*.png"))
+    assert len(shown) >= 8
+    assert all(path.stat().st_size < 200_000 for path in shown)
 
 
 def test_slurm_script_lets_the_run_save_and_queues_up_again(tmp_path: Path) -> None:
