@@ -4,7 +4,8 @@ Letters: B batch, C channels, L tokens, H W feature map, N scales, d taps per sc
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,20 +13,41 @@ from timm.layers import register_notrace_module, to_2tuple
 from torch import Tensor, nn
 
 from .kernel import kernel_norm, lag_taps, multiscale_kernel, num_scales_for, scale_dim_for
-from .longconv import check_backend, long_conv
+from .longconv import check_backend, freeze, long_conv
 from .longconv.fft import plain_long_conv
 
 DECAYS = ("scale", "position")
 INITS = ("normal", "cosine")
 
 
+def infers_eagerly(x: Tensor) -> bool:
+    """Whether x is an ordinary tensor on a CPU, outside of any graph that is being built or differentiated."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    )
+
+
+class _Frozen(NamedTuple):
+    """A convolution with fixed taps, what it was made for, and the values of the tensors that it was made from."""
+
+    key: tuple[Any, ...]
+    sources: list[Tensor]
+    convolve: Callable[[Tensor], Tensor]
+
+
 class _MultiScaleKernel(nn.Module):
     """The parameters of one kernel per channel and direction, and the fixed norm of Eq. 1.
 
-    Parameters: ``weight`` (directions, N, C, d), ``skip`` (C); buffer ``kernel_norm`` (directions, C, 1).
+    Parameters: ``weight`` (directions, N, C, d), ``skip`` (C); buffer ``kernel_norm`` (directions, C, 1). After
+    `reparameterize` none of them, but the buffer ``taps``: (C, 2L-1) if bidirectional, else (C, L).
     """
 
-    kernel_norm: Tensor
+    if TYPE_CHECKING:  # TorchScript would take these for the types of what is there now
+        kernel_norm: Tensor
+        taps: Tensor | None
+        _taps_for: Callable[..., Tensor]  # of a size; the subclasses have it
 
     def __init__(
         self,
@@ -77,33 +99,113 @@ class _MultiScaleKernel(nn.Module):
         self.weight = nn.Parameter(torch.empty(directions, num_scales, channels, scale_dim, **dd))
         self.skip = nn.Parameter(torch.empty(channels, **dd))
         self.register_buffer("kernel_norm", torch.empty(directions, channels, 1, **dd))
+        self.register_buffer("taps", None)
+        self._frozen: _Frozen | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw ``weight`` and ``skip`` anew and fix ``kernel_norm``, so that every kernel has L2 norm 1."""
+        self._check_parameters("be initialised")
         with torch.no_grad():
             if self.init == "normal":
                 self.weight.normal_()
             else:
                 self.weight.copy_(_cosines(self.weight))
             self.skip.normal_()
-            self.kernel_norm.copy_(kernel_norm(self._unnormalised()))
+            self.kernel_norm.copy_(kernel_norm(self._multiscale(self.weight)))
 
-    def _unnormalised(self) -> Tensor:
+    def _check_parameters(self, purpose: str) -> None:
+        if self.taps is not None:
+            raise ValueError(
+                f"this {type(self).__name__} is reparameterized, without parameters: it cannot {purpose}; build the "
+                "model anew and load the trained weights"
+            )
+
+    def _multiscale(self, weight: Tensor) -> Tensor:
         # half-precision parameters still make float32 taps; nothing in the generator is on autocast's list
-        weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
+        weight = weight if weight.dtype == torch.float64 else weight.float()
         return multiscale_kernel(weight, self.length, self.decay, self.alpha, self.exponent)
 
     def kernel(self) -> Tensor:
-        """The kernel k of Eq. 1 (directions, C, L) in float32 (float64 for float64 parameters), without the skip."""
-        return self._unnormalised() / self.kernel_norm
+        """The kernel k of Eq. 1 (directions, C, L) in float32 (float64 for float64 parameters), without the skip.
 
-    def _conv(self, x: Tensor, taps: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return plain_long_conv(x, taps)
-        return long_conv(x, taps, self.backend)
+        Raises:
+            ValueError: the layer is reparameterized.
+        """
+        if not torch.jit.is_scripting():
+            self._check_parameters("give its kernel without the skip")
+        return self._multiscale(self.weight) / self.kernel_norm
+
+    def built_taps(self) -> Tensor:
+        """K with the skip, by lag: (C, 2L-1) if bidirectional, else (C, L); L is what the layer is built for."""
+        if self.taps is not None:
+            return self.taps
+        else:  # noqa: RET505  TorchScript compiles what follows an if, but not the other branch of one that is settled
+            return lag_taps(self.kernel(), self.skip)
+
+    @torch.jit.unused
+    def _convolve(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
+        """x (B, C, L) with the taps for a size."""
+        if self.training or not infers_eagerly(x):
+            return long_conv(x, self._taps_for(size), self.backend)
+        return self._freeze(x, size)(x)
+
+    def _freeze(self, x: Tensor, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+        """The convolution with the taps of now. What was made last is taken if it was made from the same values.
+
+        The values are compared, not versions or addresses, which weights written through ``.data`` leave as they are.
+        Only CPUs do this (`infers_eagerly`): on a GPU it would wait for the device.
+        """
+        sources = [self.weight, self.skip, self.kernel_norm] if self.taps is None else [self.taps]
+        options = (self.backend, self.bidirectional, self.decay, self.alpha, self.exponent, self.length)
+        key = (size, x.shape[-1], x.dtype, options, [(source.dtype, source.device) for source in sources])
+        last = self._frozen
+        if last is None or last.key != key or not all(map(torch.equal, last.sources, sources)):
+            convolve = freeze(self._taps_for(size), x.shape[-1], x.dtype, self.backend)
+            self._frozen = last = _Frozen(key, [source.detach().clone() for source in sources], convolve)
+        return last.convolve
+
+    @torch.jit.unused
+    def reparameterize(self) -> None:
+        """Replace the parameters by the buffer ``taps`` that they make, for inference (timm's reparameterize_model).
+
+        The outputs stay, at every input size. The layer then refuses to train, to be initialised or resized, and to
+        load the state of a layer that has parameters.
+        """
+        if self.taps is None:
+            with torch.inference_mode(False), torch.no_grad():
+                taps = self.built_taps().clone()
+            self.weight = self.skip = self.kernel_norm = None  # type: ignore[assignment]
+            self.taps = taps
+            self.eval()
+
+    @torch.jit.unused
+    def train(self, mode: bool = True) -> Any:
+        """As of any module; a reparameterized layer refuses to train."""
+        if mode:
+            self._check_parameters("train")
+        return super().train(mode)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Say which of the two is reparameterized, where state dict and layer differ in that."""
+        *_, errors = args
+        found, here = f"{prefix}taps" in state, self.taps is not None
+        if found != here and (found or f"{prefix}weight" in state):
+            sides = "state dict is reparameterized, the layer is not"
+            cure = "call timm.utils.reparameterize_model(model, inplace=True) before loading it"
+            if here:
+                sides = "layer is reparameterized, the state dict is not"
+                cure = "load it into a new model, and reparameterize that"
+            errors.append(f"{prefix[:-1]}: the {sides}; {cure}")
+        else:
+            super()._load_from_state_dict(state, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_frozen": None}  # copies make their own
 
     def extra_repr(self) -> str:
+        if self.taps is not None:
+            return f"{self.channels}, length={self.length}, reparameterized, backend={self.backend!r}"
         _, scales, channels, scale_dim = self.weight.shape
         decay = f"alpha={self.alpha}" if self.decay == "scale" else f"exponent={self.exponent}"
         return (
@@ -198,9 +300,11 @@ class SGConv(_MultiScaleKernel):
     def forward(self, x: Tensor, return_kernel: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Map x (B, C, T), T <= L, to y of the same shape and dtype; with return_kernel also k (directions, C, T)."""
         _check_input(x, self.channels, "B, C, L")
-        kernel = self.kernel()[..., : self._reach(x.shape[-1])]
-        y = self._conv(x, lag_taps(kernel, self.skip))
-        return (y, kernel) if return_kernel else y
+        length = self._reach(x.shape[-1])
+        if return_kernel:
+            kernel = self.kernel()[..., :length]
+            return long_conv(x, lag_taps(kernel, self.skip), self.backend), kernel
+        return self._convolve(x, (length,))
 
     def step(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One output of a causal layer from one input: generation token by token (section 3.2), O(L) a step.
@@ -219,9 +323,15 @@ class SGConv(_MultiScaleKernel):
             raise ValueError("step() generates forward in time; build the layer with bidirectional=False")
         _check_input(x, self.channels, "B, C")
         past = x[..., None] if past is None else torch.cat([past, x[..., None]], dim=-1)
-        taps = lag_taps(self.kernel()[..., : self._reach(past.shape[-1])], self.skip)
+        taps = self._taps_for((self._reach(past.shape[-1]),))
         dtype = torch.promote_types(past.dtype, taps.dtype)
         return (past.to(dtype) * taps.flip(-1).to(dtype)).sum(-1).to(x.dtype), past
+
+    def _taps_for(self, size: tuple[int]) -> Tensor:
+        """The taps that a signal of that length reaches."""
+        first = 0 if not self.bidirectional else self.length - size[0]
+        last = self.length if self.bidirectional else 0
+        return self.built_taps()[:, first : last + size[0] - self.bidirectional]
 
     def _reach(self, length: int) -> int:
         if length > self.length:
@@ -344,11 +454,15 @@ class SGConv2d(_MultiScaleKernel):
         if self.dilation > 1:
             x = _split_phases(x, self.dilation)
         phase = (x.shape[2], x.shape[3])
-        taps = lag_taps(self.kernel(), self.skip)
-        if phase != self.input_size:
-            taps = resize_taps(taps, self.input_size, phase)
-        y = self._conv(x.flatten(2), taps).unflatten(2, phase)
+        x = x.flatten(2)
+        y = plain_long_conv(x, self._taps_for(phase)) if torch.jit.is_scripting() else self._convolve(x, phase)
+        y = y.unflatten(2, phase)
         return _join_phases(y, self.dilation, size) if self.dilation > 1 else y
+
+    def _taps_for(self, size: tuple[int, int]) -> Tensor:
+        """The built taps, or those for a map of another size."""
+        taps = self.built_taps()
+        return taps if size == self.input_size else resize_taps(taps, self.input_size, size)
 
     @torch.jit.ignore
     def set_input_size(self, input_size: int | tuple[int, int]) -> None:
@@ -359,8 +473,9 @@ class SGConv2d(_MultiScaleKernel):
         it before the optimiser is made: the parameters are new ones.
         """
         height, width = _map_size(input_size)
+        self._check_parameters("be rebuilt for another input size")
         _, num_scales, _, scale_dim = self.weight.shape
-        before = kernel_norm(self._unnormalised().detach())
+        before = kernel_norm(self._multiscale(self.weight).detach())
         self.length = height * width
         self.input_size = (height, width)
         size = scale_dim_for(self.length, num_scales)
@@ -369,7 +484,7 @@ class SGConv2d(_MultiScaleKernel):
                 self.weight.detach().flatten(0, 1), size=size, mode="linear", align_corners=False
             ).unflatten(0, self.weight.shape[:2])
             self.weight = nn.Parameter(stretched, requires_grad=self.weight.requires_grad)
-        after = kernel_norm(self._unnormalised().detach())
+        after = kernel_norm(self._multiscale(self.weight).detach())
         growth = torch.where(before > 0, after / before, 1.0)  # a kernel of zeros stays one
         self.kernel_norm = (self.kernel_norm * growth).to(self.kernel_norm.dtype)
 

@@ -171,7 +171,8 @@ def test_check_fails_on_a_transform_that_is_one_step_too_short(
     length: int, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fft, "fft_length", lambda length: 2 * length - 2)
-    with pytest.raises(AssertionError, match="relative error"):
+    # two-sided taps do not even fit
+    with pytest.raises((AssertionError, RuntimeError), match=r"relative error|negative dimension -1"):
         check_against_definition(case(length, causal), "fft")
 
 

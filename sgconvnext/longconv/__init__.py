@@ -1,7 +1,9 @@
 """The long convolution: one operator, interchangeable backends, chosen by value."""
 
+import functools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from . import fft, reference, toeplitz
@@ -12,7 +14,9 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "reference": reference.long_conv,
 }
 
-__all__ = ["BACKENDS", "check_backend", "choose_backend", "long_conv"]
+_FREEZE = {"fft": fft.freeze, "toeplitz": toeplitz.freeze}
+
+__all__ = ["BACKENDS", "check_backend", "choose_backend", "freeze", "long_conv"]
 
 
 def check_backend(backend: str) -> None:
@@ -55,3 +59,18 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
             f"({channels}, {length}) for a causal convolution"
         )
     return BACKENDS[choose_backend(length) if backend == "auto" else backend](x, taps)
+
+
+def freeze(taps: Tensor, length: int, dtype: torch.dtype, backend: str = "auto") -> Callable[[Tensor], Tensor]:
+    """long_conv with fixed taps as a function of x alone, for inference: what depends on the taps is computed once.
+
+    Args:
+        taps: as in `long_conv`, without gradient.
+        length: L of the signals.
+        dtype: of the signals.
+        backend: as in `long_conv`; where it has nothing to compute once, the function is `long_conv` itself.
+    """
+    backend = choose_backend(length) if backend == "auto" else backend
+    if backend in _FREEZE:
+        return _FREEZE[backend](taps, length, dtype)
+    return functools.partial(long_conv, taps=taps, backend=backend)

@@ -13,6 +13,6 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
-def full_precision(x: Tensor) -> torch.dtype:
+def full_precision(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: FFTs have no bfloat16, and half only for powers of two."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,5 +1,6 @@
 """Long convolution as one matrix product per channel: O(L^2), but at matrix-multiply speed; good for short lengths."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ def _diagonal_sums(product: Tensor) -> Tensor:
     return skewed.view(channels, length, 2 * length - 1).sum(1)
 
 
+def freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The convolution with fixed taps, whose matrix is built once; see `sgconvnext.longconv.freeze`."""
+    matrix = _toeplitz(taps.to(dtype), length)
+    return lambda x: torch.bmm(x.transpose(0, 1), matrix).transpose(0, 1).contiguous()
+
+
 class _ToeplitzConv(torch.autograd.Function):
     """Saves x and the taps only; the matrix is L times larger than the taps and is built again in backward."""
 
@@ -46,7 +53,7 @@ class _ToeplitzConv(torch.autograd.Function):
                 matrix = _toeplitz(taps.to(x.dtype), length)
                 dx = torch.bmm(dy, matrix.transpose(1, 2)).transpose(0, 1).contiguous()
             if ctx.needs_input_grad[1]:  # a tap sums B*L products: in float32 even for half-precision x
-                dtype = full_precision(x)
+                dtype = full_precision(x.dtype)
                 product = torch.bmm(x.permute(1, 2, 0).to(dtype), dy.to(dtype))
                 dtaps = _diagonal_sums(product)[:, 2 * length - 1 - num_taps :].to(taps.dtype)
         return dx, dtaps
