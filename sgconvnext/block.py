@@ -6,7 +6,7 @@ import torch
 from timm.layers import DropPath, LayerNorm, Mlp
 from torch import Tensor, nn
 
-from .layer import SGConv2d, infers_eagerly
+from .layer import SGConv2d, runs_eagerly_on_cpu
 
 PIECE = 1024  # tokens whose hidden layer stays in a CPU's cache; measured with widths 96 to 768
 
@@ -53,26 +53,26 @@ class SGConvNeXtBlock(nn.Module):
         y = self.sgconv(x).permute(0, 2, 3, 1)  # LN and the MLP work on (B, H, W, C)
         if not torch.jit.is_scripting() and self._works_in_pieces(x):
             return self._in_pieces(x, y)
-        y = self.mlp(self.norm(y)).permute(0, 3, 1, 2)
-        if self.gamma is not None:
-            y = y * self.gamma.reshape(1, -1, 1, 1)
-        return (
-            self.drop_path(y) + x
-        )  # of mixed layouts the first is kept: that which the norm reads fastest
+        return self.drop_path(self._branch(y).permute(0, 3, 1, 2)) + x  # the first one's layout is kept
+
+    def _branch(self, y: Tensor) -> Tensor:
+        """gamma * MLP(LN(y)) of tokens (..., C)."""
+        y = self.mlp(self.norm(y))
+        return y if self.gamma is None else y * self.gamma
 
     @torch.jit.unused
     def _works_in_pieces(self, x: Tensor) -> bool:
-        """Whether nobody sees that a few tokens at a time go through the MLP: no gradient, and no hook."""
-        if not infers_eagerly(x) or self.training or x.shape[0] * x.shape[2] * x.shape[3] <= PIECE:
+        """Whether a few tokens at a time keep the hidden layer, 4 times larger, in the cache, and no hook sees it."""
+        if not runs_eagerly_on_cpu(x) or x.shape[0] * x.shape[2] * x.shape[3] <= PIECE:
             return False
         return not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
 
     @torch.jit.unused
     def _in_pieces(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + gamma * MLP(LN(y)) with the hidden layer, four times as large as x, in the cache instead of memory."""
-        pieces = []
-        tokens = x.permute(0, 2, 3, 1).flatten(0, 2).split(PIECE)
-        for shortcut, mixed in zip(tokens, y.flatten(0, 2).split(PIECE), strict=True):
-            branch = self.mlp(self.norm(mixed))
-            pieces.append(shortcut + (branch if self.gamma is None else branch * self.gamma))
-        return torch.cat(pieces).unflatten(0, y.shape[:3]).permute(0, 3, 1, 2)
+        """The block's output from x and y = SGConv2d(x) in (B, H, W, C)."""
+        mixed, shortcuts = y.flatten(0, 2).split(PIECE), x.permute(0, 2, 3, 1).flatten(0, 2).split(PIECE)
+        if isinstance(self.drop_path, DropPath) and self.training:  # it drops whole images
+            branch = torch.cat([self._branch(piece) for piece in mixed]).view_as(y)
+            return self.drop_path(branch.permute(0, 3, 1, 2)) + x
+        pieces = [self._branch(piece) + shortcut for piece, shortcut in zip(mixed, shortcuts, strict=True)]
+        return torch.cat(pieces).view_as(y).permute(0, 3, 1, 2)

@@ -20,13 +20,10 @@ DECAYS = ("scale", "position")
 INITS = ("normal", "cosine")
 
 
-def infers_eagerly(x: Tensor) -> bool:
-    """Whether x is an ordinary tensor on a CPU, outside of any graph that is being built or differentiated."""
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
-    )
+def runs_eagerly_on_cpu(x: Tensor) -> bool:
+    """Whether x is an ordinary tensor on a CPU, outside of any graph that is being built."""
+    building = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return type(x) is Tensor and x.device.type == "cpu" and not building
 
 
 class _Frozen(NamedTuple):
@@ -146,7 +143,7 @@ class _MultiScaleKernel(nn.Module):
     @torch.jit.unused
     def _convolve(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         """x (B, C, L) with the taps for a size."""
-        if self.training or not infers_eagerly(x):
+        if self.training or torch.is_grad_enabled() or not runs_eagerly_on_cpu(x):
             return long_conv(x, self._taps_for(size), self.backend)
         return self._freeze(x, size)(x)
 
@@ -154,7 +151,7 @@ class _MultiScaleKernel(nn.Module):
         """The convolution with the taps of now. What was made last is taken if it was made from the same values.
 
         The values are compared, not versions or addresses, which weights written through ``.data`` leave as they are.
-        Only CPUs do this (`infers_eagerly`): on a GPU it would wait for the device.
+        Only CPUs do this (`runs_eagerly_on_cpu`): on a GPU it would wait for the device.
         """
         sources = [self.weight, self.skip, self.kernel_norm] if self.taps is None else [self.taps]
         options = (self.backend, self.bidirectional, self.decay, self.alpha, self.exponent, self.length)

@@ -77,6 +77,6 @@ def test_torch_counts_the_backward_pass_of_the_fft() -> None:
         long_conv(x, taps, "fft").sum().backward()
 
     # backward: transforms of dy, x and the taps, two inverse ones, dX's product and dK's
-    once, spectrum = formulas.real_fft(98), 50
+    once, spectrum = formulas.real_fft(128), 65
     transforms = (6 + 6 + 2) + (6 + 6 + 2 + 6 + 2)
     assert counted(both) == transforms * once + 3 * 6 * spectrum * 6

@@ -578,7 +578,7 @@ def test_validation_refuses_in_one_line(
         return refusal(validate, "--checkpoint", *arguments)
 
     assert "does not exist" in told(folders / "nowhere.pth")
-    assert "no configuration" in told(places["other"])
+    assert "not written by train.py" in told(places["other"])
     assert "no EMA weights" in told(trained, "--use-ema")
     assert "only in one of them: dog, fox" in told(trained, "--data-root", folders / "odd")
     assert "it holds test, train" in told(trained, "--data-root", folders / "bare")

@@ -75,6 +75,7 @@ TORCH_FORMULAS: dict[Any, Any] = {
     torch.ops.aten._fft_c2r: _real_inverse,
     torch.ops.aten._fft_c2c: _complex,
     torch.ops.aten.mul: _product,
+    torch.ops.aten.mul_: _product,
     torch.ops.aten.upsample_linear1d: _interpolation,
     torch.ops.aten.upsample_linear1d_backward: _interpolation_backward,
 }
