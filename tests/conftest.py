@@ -1,6 +1,7 @@
 """What every test starts from."""
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -8,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it while timm imports it, so before the next line
+
 from training_helpers import only_line
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have us, and the runs that we start, ignore it

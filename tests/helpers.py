@@ -1,8 +1,9 @@
-"""What several test modules share: a scale-free error, the shape of a refusal, a model small enough to run often."""
+"""What several test modules share: backends, a scale-free error, cases of the long convolution, a small model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import pytest
 import timm
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 import sgconvnext
+from sgconvnext.longconv import available_backends, long_conv, reference
 
+BACKENDS_HERE = available_backends(torch.zeros(1, 1, 1))  # of float32 on a CPU
 SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "img_size": 64, "num_classes": 10}
 
 
@@ -31,6 +34,74 @@ def refused(*words: str) -> Iterator[None]:
     assert "\n" not in message
     for word in words:
         assert word in message, f"{word!r} is not in {message!r}"
+
+
+class Case(NamedTuple):
+    """Inputs, and what the definition makes of them in float64."""
+
+    x: Tensor  # (B, C, L)
+    taps: Tensor  # (C, 2L-1), or (C, L) when causal
+    dy: Tensor  # (B, C, L)
+    truth: dict[str, Tensor]  # y, dx, dtaps
+
+
+@cache
+def case(length: int, causal: bool, dtype: torch.dtype = torch.float32, size: tuple[int, int] | None = None) -> Case:
+    """Random signals in a dtype, taps in float32 as a layer makes them; the truth is that of the rounded inputs.
+
+    ``size`` is (B, C), which otherwise are small numbers.
+    """
+    generator = torch.Generator().manual_seed(length)
+    batch, channels = size or ((3, 2) if length < 1000 else (2, 1))
+    x = torch.randn(batch, channels, length, generator=generator, dtype=torch.float64).to(dtype)
+    dy = torch.randn(batch, channels, length, generator=generator, dtype=torch.float64).to(dtype)
+    num_taps = length if causal else 2 * length - 1
+    taps = torch.randn(channels, num_taps, generator=generator, dtype=torch.float64)
+    taps = taps.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = [tensor.double().requires_grad_() for tensor in (x, taps)]
+    y = reference.long_conv(*exact)
+    dx, dtaps = torch.autograd.grad(y, exact, dy.double())
+    return Case(x, taps, dy, {"y": y.detach(), "dx": dx, "dtaps": dtaps})
+
+
+def run(x: Tensor, taps: Tensor, dy: Tensor, backend: str) -> dict[str, Tensor]:
+    """y, and the gradients dx and dtaps."""
+    x, taps = x.detach().requires_grad_(), taps.detach().requires_grad_()
+    y = long_conv(x, taps, backend)
+    dx, dtaps = torch.autograd.grad(y, [x, taps], dy)
+    return {"y": y, "dx": dx, "dtaps": dtaps}
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    return tensor.contiguous()
+
+
+def sliced(tensor: Tensor) -> Tensor:
+    """The same values as every second element, from 1 on, of a larger tensor that is NaN elsewhere."""
+    larger = torch.full([2 * size + 1 for size in tensor.shape], float("nan"), dtype=tensor.dtype)
+    view = larger[tuple(slice(1, None, 2) for _ in tensor.shape)]
+    return view.copy_(tensor)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """The same values with the channels innermost, as a channels-last feature map has them once it is flattened."""
+    return tensor.mT.contiguous().mT
+
+
+def laid_out(inputs: Case, layout: Callable[[Tensor], Tensor]) -> Case:
+    return inputs._replace(x=layout(inputs.x), taps=layout(inputs.taps), dy=layout(inputs.dy))
+
+
+def saved_bytes(x: Tensor, taps: Tensor, conv: Callable[[Tensor, Tensor], Tensor]) -> int:
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        conv(x.clone().requires_grad_(), taps.clone().requires_grad_())
+    return sum(sizes)
 
 
 def small_model(**kwargs: Any) -> sgconvnext.SGConvNeXt:

@@ -1,50 +1,35 @@
 """Every backend against the float64 definition, and the definition against loops, literal numbers and F.conv1d."""
 
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import refused, relative_error
+from helpers import (
+    BACKENDS_HERE,
+    Case,
+    case,
+    channels_last,
+    contiguous,
+    laid_out,
+    refused,
+    relative_error,
+    run,
+    saved_bytes,
+    sliced,
+)
 from torch import Tensor
 
 from sgconvnext.longconv import BACKENDS, choose_backend, fft, long_conv, reference
 
 LENGTHS = [1, 2, 7, 16, 49, 97, 196, 784, 3136]
-FAST = [name for name in BACKENDS if name != "reference"]
+FAST = [name for name in BACKENDS_HERE if name != "reference"]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", BACKENDS_HERE)
 each_fast_backend = pytest.mark.parametrize("backend", FAST)
 each_length = pytest.mark.parametrize("length", LENGTHS)
 each_side = pytest.mark.parametrize("causal", [False, True], ids=["two-sided", "causal"])
-
-
-class Case(NamedTuple):
-    """Inputs, and what the definition makes of them in float64."""
-
-    x: Tensor  # (B, C, L)
-    taps: Tensor  # (C, 2L-1), or (C, L) when causal
-    dy: Tensor  # (B, C, L)
-    truth: dict[str, Tensor]  # y, dx, dtaps
-
-
-@cache
-def case(length: int, causal: bool, dtype: torch.dtype = torch.float32) -> Case:
-    """Random signals in a dtype, taps in float32 as a layer makes them; the truth is that of the rounded inputs."""
-    generator = torch.Generator().manual_seed(length)
-    batch, channels = (3, 2) if length < 1000 else (2, 1)
-    x = torch.randn(batch, channels, length, generator=generator, dtype=torch.float64).to(dtype)
-    dy = torch.randn(batch, channels, length, generator=generator, dtype=torch.float64).to(dtype)
-    num_taps = length if causal else 2 * length - 1
-    taps = torch.randn(channels, num_taps, generator=generator, dtype=torch.float64)
-    taps = taps.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    exact = [tensor.double().requires_grad_() for tensor in (x, taps)]
-    y = reference.long_conv(*exact)
-    dx, dtaps = torch.autograd.grad(y, exact, dy.double())
-    return Case(x, taps, dy, {"y": y.detach(), "dx": dx, "dtaps": dtaps})
 
 
 def check_against_definition(inputs: Case, backend: str) -> None:
@@ -61,26 +46,6 @@ def check_against_definition(inputs: Case, backend: str) -> None:
 def check_close(name: str, got: Tensor, truth: dict[str, Tensor], dtype: torch.dtype) -> None:
     error = relative_error(got, truth[name])
     assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
-
-
-def contiguous(tensor: Tensor) -> Tensor:
-    return tensor.contiguous()
-
-
-def sliced(tensor: Tensor) -> Tensor:
-    """The same values as every second element, from 1 on, of a larger tensor that is NaN elsewhere."""
-    larger = torch.full([2 * size + 1 for size in tensor.shape], float("nan"), dtype=tensor.dtype)
-    view = larger[tuple(slice(1, None, 2) for _ in tensor.shape)]
-    return view.copy_(tensor)
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    """The same values with the channels innermost, as a channels-last feature map has them once it is flattened."""
-    return tensor.mT.contiguous().mT
-
-
-def laid_out(inputs: Case, layout: Callable[[Tensor], Tensor]) -> Case:
-    return inputs._replace(x=layout(inputs.x), taps=layout(inputs.taps), dy=layout(inputs.dy))
 
 
 @pytest.mark.parametrize("layout", [contiguous, sliced, channels_last])
@@ -124,13 +89,6 @@ def test_backend_matches_definition_in_any_dtype_and_layout(
     inputs = laid_out(case(length, causal, dtype), layout)
     assert not any(tensor.is_contiguous() for tensor in inputs[:3])
     check_against_definition(inputs, backend)
-
-
-def run(x: Tensor, taps: Tensor, dy: Tensor, backend: str) -> dict[str, Tensor]:
-    x, taps = x.detach().requires_grad_(), taps.detach().requires_grad_()
-    y = long_conv(x, taps, backend)
-    dx, dtaps = torch.autograd.grad(y, [x, taps], dy)
-    return {"y": y, "dx": dx, "dtaps": dtaps}
 
 
 @each_side
@@ -250,18 +208,6 @@ def test_second_derivative_is_refused(backend: str) -> None:
         dx.sum().backward()
 
 
-def saved_bytes(x: Tensor, taps: Tensor, conv: Callable[[Tensor, Tensor], Tensor]) -> int:
-    sizes: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.nbytes)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        conv(x.clone().requires_grad_(), taps.clone().requires_grad_())
-    return sum(sizes)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_side
 @each_fast_backend
@@ -336,7 +282,7 @@ def test_auto_runs_one_of_the_fast_backends(length: int, causal: bool) -> None:
 
 
 @pytest.mark.timeout(5)
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS_HERE])
 def test_signal_without_samples_is_refused(backend: str) -> None:
     with refused("(1, 2, 0)"):
         long_conv(torch.empty(1, 2, 0), torch.empty(2, 0), backend)
@@ -349,21 +295,21 @@ def test_unknown_backend_is_refused_with_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 7), (3, 2, 7, 1)])
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS_HERE])
 def test_signal_of_another_rank_is_refused(backend: str, shape: tuple[int, ...]) -> None:
     with refused(str(shape), "(B, C, L)"):
         long_conv(torch.zeros(shape), torch.zeros(2, 13), backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS_HERE])
 def test_signal_that_is_not_floating_point_is_refused(backend: str, dtype: torch.dtype) -> None:
     with refused(str(dtype), "floating point"):
         long_conv(torch.zeros(3, 2, 7, dtype=dtype), torch.zeros(2, 13), backend)
 
 
 @pytest.mark.parametrize("shape", [(2, 12), (2, 14), (2, 6), (2, 8), (3, 13), (1, 7), (13,), (1, 2, 13)])
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS_HERE])
 def test_taps_of_another_shape_are_refused(backend: str, shape: tuple[int, ...]) -> None:
     with refused(str(shape), "(2, 13)", "(2, 7)"):
         long_conv(torch.zeros(3, 2, 7), torch.zeros(shape), backend)

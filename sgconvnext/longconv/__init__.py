@@ -6,17 +6,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import fft, reference, toeplitz
+from . import fft, reference, toeplitz, triton_toeplitz
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "fft": fft.long_conv,
     "toeplitz": toeplitz.long_conv,
+    "triton": triton_toeplitz.long_conv,
     "reference": reference.long_conv,
 }
 
 _FREEZE = {"fft": fft.freeze, "toeplitz": toeplitz.freeze}
 
-__all__ = ["BACKENDS", "check_backend", "choose_backend", "freeze", "long_conv"]
+__all__ = ["BACKENDS", "available_backends", "check_backend", "choose_backend", "freeze", "long_conv"]
 
 
 def check_backend(backend: str) -> None:
@@ -25,8 +26,13 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend {backend!r} is unknown; use one of {', '.join(['auto', *BACKENDS])}")
 
 
+def available_backends(x: Tensor) -> list[str]:
+    """Those that take x: all but "triton" take any."""
+    return [name for name in BACKENDS if name != "triton" or triton_toeplitz.refusal(x) is None]
+
+
 def choose_backend(length: int) -> str:
-    """What backend="auto" runs for signals of a length."""
+    """What backend="auto" runs for signals of a length: never "triton", which nobody has timed yet."""
     return "toeplitz" if length <= 32 else "fft"  # measured on a CPU, batch 1 to 32, forward and backward
 
 
@@ -40,14 +46,16 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
     Args:
         x: signal (B, C, L), floating point.
         taps: K (C, 2L-1) for the lags -(L-1) .. L-1, or (C, L) for the lags 0 .. L-1 (causal).
-        backend: "auto", "fft" (O(L log L), float32 inside), "toeplitz" (matrix product in the dtype of x, O(L^2)) or
-            "reference" (the definition, float64, O(L^2)).
+        backend: "auto", "fft" (O(L log L), float32 inside), "toeplitz" (matrix product in the dtype of x, O(L^2)),
+            "triton" (the same on a GPU's tensor cores, bfloat16 or float16) or "reference" (the definition, float64,
+            O(L^2)).
 
     Returns:
-        y (B, C, L) in the dtype of x.
+        y (B, C, L) in the dtype of x; by "triton" under autocast in that of autocast, as from any convolution.
 
     Raises:
-        ValueError: unknown backend, x not (B, C, L) in floating point, or taps of another shape.
+        ValueError: unknown backend, x not (B, C, L) in floating point, or taps of another shape; "triton" without
+            the package, for x on no CUDA device, or for x in full precision without autocast.
     """
     check_backend(backend)
     if x.ndim != 3 or x.shape[2] == 0 or not x.is_floating_point():

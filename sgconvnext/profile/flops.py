@@ -110,7 +110,8 @@ def count(model: nn.Module, images: Tensor) -> Count:
     """Count a forward pass in evaluation mode, in which the model is left.
 
     "macs" is the algorithm's: a long convolution of L tokens is three FFT steps of 2L points, whatever runs it.
-    "executed" is what the layer's backend runs at that length: FFTs of a padded length, or an L x L matrix product.
+    "executed" is what the layer's backend runs at that length: FFTs of a padded length, an L x L matrix product, or
+    the tiles that cover one.
 
     Args:
         model: timm's; parts are told apart by the names that they have in ConvNeXt and SGConvNeXt.
@@ -180,7 +181,7 @@ def _costs(operators: Counter[str], activations: float, part: str) -> dict[str, 
     return costs
 
 
-def _long_conv(executed: Callable[[int, int, int], float]) -> Handler:
+def _long_conv(executed: Callable[[int, int, int], float]) -> Callable[[list[Any], list[Any]], Counter[str]]:
     """Both counts of one long convolution of x (B, C, L); a MAC is two FLOPs."""
 
     def handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
@@ -189,6 +190,11 @@ def _long_conv(executed: Callable[[int, int, int], float]) -> Handler:
         return Counter({_ALGORITHM: algorithm / 2, _EXECUTED: executed(batch, channels, length) / 2})
 
     return handler
+
+
+def _tiled(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    num_taps = get_shape(inputs[1])[1]
+    return _long_conv(lambda b, c, length: formulas.tiled_conv(b, c, length, num_taps))(inputs, outputs)
 
 
 def _einsum(inputs: list[Any], outputs: list[Any]) -> Any:
@@ -218,6 +224,7 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> float:
 HANDLERS: dict[str, Handler] = {
     "prim::PythonOp._FFTConv": _long_conv(lambda b, c, length: formulas.fft_conv(b, c, fft.fft_length(length))),
     "prim::PythonOp._ToeplitzConv": _long_conv(formulas.toeplitz_conv),
+    "sgconvnext::toeplitz_conv": _tiled,
     "aten::einsum": _einsum,
     "aten::upsample_linear1d": _interpolation,
     "aten::scaled_dot_product_attention": _attention,
@@ -228,7 +235,12 @@ HANDLERS: dict[str, Handler] = {
     "aten::softmax": elementwise_flop_counter(5, 0),
 }
 _ACTIVATIONS: dict[str, Handler] = dict.fromkeys(
-    ("prim::PythonOp._FFTConv", "prim::PythonOp._ToeplitzConv", "aten::scaled_dot_product_attention"),
+    (
+        "prim::PythonOp._FFTConv",
+        "prim::PythonOp._ToeplitzConv",
+        "sgconvnext::toeplitz_conv",
+        "aten::scaled_dot_product_attention",
+    ),
     generic_activation_jit(),
 )
 

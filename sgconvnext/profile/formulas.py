@@ -1,7 +1,7 @@
 """What an operation costs, as functions of shapes; torch's FlopCounterMode counts by them once this is imported.
 
 FLOPs are real additions and multiplications; a multiply-add (MAC) is two. Importing sgconvnext.profile adds what torch
-lacks: FFTs, complex products and linear interpolation, forward and backward.
+lacks: FFTs, complex products, linear interpolation and our own operators, forward and backward.
 
     from torch.utils.flop_counter import FlopCounterMode
     import sgconvnext.profile
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from ..longconv import tiles
 
 COMPLEX_PRODUCT = 6  # four multiplications and two additions
 INTERPOLATION = 3  # a + t (b - a), per output
@@ -32,6 +34,14 @@ def fft_conv(batch: int, channels: int, n: int) -> int:
 def toeplitz_conv(batch: int, channels: int, length: int) -> int:
     """FLOPs of a depthwise convolution as a product with an L x L matrix per channel, its zeros included."""
     return 2 * batch * channels * length**2
+
+
+def tiled_conv(batch: int, channels: int, length: int, num_taps: int) -> int:
+    """FLOPs of a depthwise convolution on tensor cores, with the zeros that fill tiles up to their size.
+
+    Tiles of outputs that a causal kernel cannot reach from an input are left out.
+    """
+    return 2 * tiles.conv_macs(batch, channels, length, length - num_taps, length - 1)
 
 
 def linear_interpolation(outputs: int) -> int:
@@ -70,6 +80,21 @@ def _interpolation_backward(dy: Tensor, *_: Any, **__: Any) -> int:
     return linear_interpolation(dy.numel())
 
 
+def _tiled_conv(x: Tensor, taps: Tensor, *_: Any, **__: Any) -> int:
+    batch, channels, length = x.shape
+    return tiled_conv(batch, channels, length, taps.shape[1])
+
+
+def _tiled_conv_dx(dy: Tensor, taps: Tensor, *_: Any, **__: Any) -> int:
+    batch, channels, length = dy.shape
+    return 2 * tiles.conv_macs(batch, channels, length, 1 - length, taps.shape[1] - length)
+
+
+def _tiled_conv_dtaps(dy: Tensor, x: Tensor, num_taps: int, *_: Any, **__: Any) -> int:
+    batch, channels, length = x.shape
+    return 2 * tiles.dtaps_macs(batch, channels, length, length - num_taps)
+
+
 TORCH_FORMULAS: dict[Any, Any] = {
     torch.ops.aten._fft_r2c: _real_forward,
     torch.ops.aten._fft_c2r: _real_inverse,
@@ -78,6 +103,9 @@ TORCH_FORMULAS: dict[Any, Any] = {
     torch.ops.aten.mul_: _product,
     torch.ops.aten.upsample_linear1d: _interpolation,
     torch.ops.aten.upsample_linear1d_backward: _interpolation_backward,
+    torch.ops.sgconvnext.toeplitz_conv: _tiled_conv,
+    torch.ops.sgconvnext.toeplitz_conv_dx: _tiled_conv_dx,
+    torch.ops.sgconvnext.toeplitz_conv_dtaps: _tiled_conv_dtaps,
 }
 
 for _operator, _formula in TORCH_FORMULAS.items():

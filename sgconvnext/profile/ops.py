@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernel import lag_taps
 from ..layer import SGConv2d
-from ..longconv import BACKENDS, choose_backend, long_conv
+from ..longconv import BACKENDS, available_backends, choose_backend, long_conv
 from .table import Table
 from .timing import Step, Timing, interleave
 from .workload import DTYPES, settle_backends
@@ -38,9 +38,11 @@ COLUMNS = {
 NOTES = [
     "SGConv: the whole layer with auto's choice of a backend; ratio: its speed over the 7x7 depthwise "
     "convolution's, above 1 is faster. Of its parts, kernel is the generation of the taps, which does not grow with "
-    "the batch, and the rest one convolution by each backend; these compute in fp32 whatever the dtype.",
+    "the batch, and the rest one convolution by each backend; these compute in fp32 whatever the dtype, but for "
+    "triton.",
     f"right: auto's choice is the fastest, or less than {TIE - 1:.0%} slower. "
-    f"-: left out, because an L x L matrix per channel takes more than {MATRIX_LIMIT / 2**30:g} GiB.",
+    f"-: left out, because an L x L matrix per channel takes more than {MATRIX_LIMIT / 2**30:g} GiB, or "
+    "because triton needs a GPU and half precision.",
 ]
 
 
@@ -90,7 +92,9 @@ def prepare(layer: Layer) -> dict[str, Step]:
         "SGConv": _step(layer, lambda: mixer(image), [image, *mixer.parameters()]),
         "kernel": _step(layer, lambda: lag_taps(mixer.kernel(), mixer.skip), list(mixer.parameters())),
     }
-    for backend in BACKENDS:
+    with _autocast(layer):
+        backends = available_backends(signal)
+    for backend in backends:
         if _matrix_bytes(backend, layer) <= MATRIX_LIMIT:
             convolve = functools.partial(long_conv, signal, taps, backend)
             steps[backend] = _step(layer, convolve, [signal, taps])
@@ -99,7 +103,7 @@ def prepare(layer: Layer) -> dict[str, Step]:
 
 def _step(layer: Layer, forward: Callable[[], Tensor], inputs: list[Tensor]) -> Step:
     """Forward, or forward and the gradients of its inputs."""
-    autocast = torch.autocast(layer.device, DTYPES[layer.dtype], enabled=layer.dtype != "fp32")
+    autocast = _autocast(layer)
 
     def infer() -> None:
         with torch.inference_mode(), autocast:
@@ -111,6 +115,10 @@ def _step(layer: Layer, forward: Callable[[], Tensor], inputs: list[Tensor]) -> 
         torch.autograd.grad(y, inputs, torch.ones_like(y))
 
     return infer if layer.mode == "inference" else train
+
+
+def _autocast(layer: Layer) -> torch.autocast:
+    return torch.autocast(layer.device, DTYPES[layer.dtype], enabled=layer.dtype != "fp32")
 
 
 def _matrix_bytes(backend: str, layer: Layer) -> int:
