@@ -1,0 +1,46 @@
+"""Batched matrix products over a few channels at a time: what the backends that convolve by matrices share."""
+
+import torch
+from torch import Tensor
+
+# Bytes of the matrices that exist at a time, or one channel's where that is larger. On a CPU what its caches hold (at
+# L = 196 all 384 channels at once took three times as long); elsewhere enough to fill a device, and little beside a
+# network's activations.
+CHUNK_BYTES = {"cpu": 2**23}
+ACCELERATOR_CHUNK_BYTES = 2**27
+
+_BMM_TAKES_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype")  # on CUDA, in newer versions than torch 2.6
+
+
+def channel_chunks(channels: int, channel_bytes: int, device: torch.device) -> list[slice]:
+    """Slices of channels, of almost equal lengths, whose matrices take CHUNK_BYTES together.
+
+    Args:
+        channels: C.
+        channel_bytes: of the matrices of one channel.
+        device: that they are on.
+    """
+    most = max(1, CHUNK_BYTES.get(device.type, ACCELERATOR_CHUNK_BYTES) // channel_bytes)
+    num_chunks = -(-channels // most)
+    size = -(-channels // max(1, num_chunks))
+    return [slice(start, min(start + size, channels)) for start in range(0, channels, max(1, size))]
+
+
+def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a b for batches (N, I, J) and (N, J, K) of one dtype, summed in that of ``out`` if that is wider.
+
+    cuBLAS writes into strided views. On a CPU, bmm would then multiply one matrix after the other, and Dynamo takes
+    no strided ``out=``; there the product is copied.
+    """
+    if a.dtype == out.dtype:
+        if out.is_cuda and not torch.compiler.is_compiling():
+            torch.bmm(a, b, out=out)
+        else:
+            out.copy_(torch.bmm(a, b))
+    elif out.is_cuda and _BMM_TAKES_OUT_DTYPE:
+        if torch.compiler.is_compiling():
+            out.copy_(torch.bmm(a, b, out_dtype=out.dtype))
+        else:
+            torch.bmm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.bmm(a.to(out.dtype), b.to(out.dtype)))
