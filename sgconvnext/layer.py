@@ -255,7 +255,7 @@ class SGConv(_MultiScaleKernel):
         alpha: decay per scale; a pair spreads it over the channels, evenly in 1/alpha (Pathfinder-X: (1, 1/3)).
         exponent: t of decay="position".
         init: "normal" (w ~ N(0, 1)) or "cosine" (one random frequency per channel and scale).
-        backend: "auto", "fft", "toeplitz", "triton" or "reference"; see `sgconvnext.longconv.long_conv`.
+        backend: "auto", "fft", "toeplitz", "dft", "triton" or "reference"; see `sgconvnext.longconv.long_conv`.
 
     Raises:
         ValueError: impossible sizes or unknown choices here; in forward, x of another rank, channel count or dtype.

@@ -27,6 +27,7 @@ from sgconvnext.profile.flops import (
 
 # small_model: maps of 16x16, 8x8, 4x4 and 2x2 tokens, one block each, d = 16, 4, 1, 1
 CHANNELS, TOKENS, TAPS = (8, 16, 24, 32), (256, 64, 16, 4), (16, 4, 1, 1)
+BLOCKS = ((16, 16), (8, 8), (1, 16), (1, 8))  # that longconv.dft cuts the tokens into
 
 
 def images(batch: int = 1, size: tuple[int, int] = (64, 64)) -> Tensor:
@@ -43,6 +44,11 @@ def by_fft(batch: int, channels: int, n: int) -> float:
     return channels * ((2 * batch + 1) * transform + 3 * batch * (n // 2 + 1))
 
 
+def by_matrix_products(batch: int, channels: int, n: int, b: int) -> int:
+    """MACs: W (2n, n), M (n, 2b, 2b) and W^T per image; once per channel, waves (2n, 2n-1) for 2b-1 lags."""
+    return channels * (batch * (4 * n * n * b + 4 * n * b * b) + 2 * n * (2 * n - 1) * (2 * b - 1))
+
+
 def interpolated(taps: int, tokens: int) -> int:
     """Taps that are interpolated of a kernel with five scales d, d, 2d, 4d, 8d, each only if a tap of it is used."""
     lengths = [taps, taps, 2 * taps, 4 * taps, 8 * taps]
@@ -50,15 +56,17 @@ def interpolated(taps: int, tokens: int) -> int:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("backend", ["fft", "toeplitz", "reference"])
+@pytest.mark.parametrize("backend", ["fft", "toeplitz", "dft", "reference"])
 def test_every_part_of_every_stage_is_what_the_formula_says(backend: str, batch: int) -> None:
     counted = count(small_model(backend=backend), images(batch))
     for stage, (channels, tokens, taps) in enumerate(zip(CHANNELS, TOKENS, TAPS, strict=True)):
         convolution = total(counted, CONVOLUTION, stage)
         assert convolution.macs == by_fft(batch, channels, 2 * tokens)
-        assert convolution.executed == (
-            by_fft(batch, channels, max(16, 2 * tokens)) if backend == "fft" else batch * channels * tokens**2
-        )
+        executed = {
+            "fft": by_fft(batch, channels, max(16, 2 * tokens)),
+            "dft": by_matrix_products(batch, channels, *BLOCKS[stage]),
+        }
+        assert convolution.executed == executed.get(backend, batch * channels * tokens**2)
         assert convolution.activations == batch * channels * tokens
         assert total(counted, KERNEL, stage).macs == 2 * channels * interpolated(taps, tokens) * 3 / 2
         assert total(counted, MLP, stage).macs == batch * tokens * channels * 4 * channels * 2
@@ -80,7 +88,7 @@ def test_executed_transforms_are_as_long_as_the_backend_pads_them() -> None:
     assert counted.total("1", MLP).executed == counted.total("1", MLP).macs
 
 
-@pytest.mark.parametrize("backend", ["fft", "toeplitz"])
+@pytest.mark.parametrize("backend", ["fft", "toeplitz", "dft"])
 def test_torch_counts_the_same_flops(backend: str) -> None:
     """FlopCounterMode looks below autograd, at what runs; it leaves norms and pooling out."""
     model, x = small_model(backend=backend), images(2)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers import BACKENDS_HERE
 from torch.utils.flop_counter import FlopCounterMode
 
-from sgconvnext.longconv import fft, long_conv
+from sgconvnext.longconv import dft, fft, long_conv
 from sgconvnext.profile import formulas
 
 
@@ -28,6 +28,11 @@ def test_fft_convolution_by_hand() -> None:
 
 def test_toeplitz_convolution_by_hand() -> None:
     assert formulas.toeplitz_conv(3, 2, 5) == 3 * 2 * 5 * 5 * 2
+
+
+def test_convolution_by_matrix_products_by_hand() -> None:
+    # 4 blocks of 8 samples. Taps: 8 waves at 7 distances for 15 lags. An image: 8 x 4 x 8, 4 x 16 x 16, 4 x 8 x 8
+    assert formulas.dft_conv(3, 2, 4, 8) == 2 * (2 * 8 * 7 * 15 + 3 * 2 * (256 + 1024 + 256))
 
 
 def test_torch_counts_a_real_transform_both_ways() -> None:
@@ -66,6 +71,7 @@ def test_torch_counts_what_the_formula_of_a_backend_says(backend: str, length: i
     want = {
         "fft": formulas.fft_conv(3, 2, fft.fft_length(length)),
         "toeplitz": formulas.toeplitz_conv(3, 2, length),
+        "dft": formulas.dft_conv(3, 2, *dft.block_shape(length)),
         "reference": formulas.toeplitz_conv(3, 2, length),
     }
     assert counted(long_conv, x, taps, backend) == want[backend]
@@ -81,3 +87,14 @@ def test_torch_counts_the_backward_pass_of_the_fft() -> None:
     once, spectrum = formulas.real_fft(128), 65
     transforms = (6 + 6 + 2) + (6 + 6 + 2 + 6 + 2)
     assert counted(both) == transforms * once + 3 * 6 * spectrum * 6
+
+
+def test_torch_counts_the_backward_pass_of_matrix_products() -> None:
+    x, taps = torch.randn(3, 2, 32, requires_grad=True), torch.randn(2, 63, requires_grad=True)
+
+    def both(backend: str) -> None:
+        long_conv(x, taps, backend).sum().backward()
+
+    assert counted(both, "toeplitz") == 3 * formulas.toeplitz_conv(3, 2, 32)  # y, dX and dK
+    # 4 blocks of 8: W or W^T five times (x, y, dy, dx, and x again), M three (y, dX and dK), and the taps three
+    assert counted(both, "dft") == 2 * (6 * (5 * 256 + 3 * 1024) + 2 * 3 * (8 * 7 * 15))

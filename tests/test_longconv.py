@@ -20,7 +20,7 @@ from helpers import (
 )
 from torch import Tensor
 
-from sgconvnext.longconv import BACKENDS, choose_backend, fft, long_conv, reference
+from sgconvnext.longconv import BACKENDS, choose_backend, dft, fft, long_conv, reference
 
 LENGTHS = [1, 2, 7, 16, 49, 97, 196, 784, 3136]
 FAST = [name for name in BACKENDS_HERE if name != "reference"]
@@ -70,7 +70,9 @@ def test_backend_matches_definition_in_half_precision(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @each_side
-@each_backend
+@pytest.mark.parametrize(
+    "backend", [name for name in BACKENDS_HERE if name != "dft"]
+)  # which rounds x and dy transformed
 def test_gradient_of_the_taps_is_summed_in_float32(backend: str, causal: bool, dtype: torch.dtype) -> None:
     inputs = case(784, causal, dtype)
     x, taps = inputs.x.clone(), inputs.taps.clone().requires_grad_()
@@ -219,7 +221,7 @@ def test_autograd_saves_x_and_taps_only(backend: str, causal: bool, dtype: torch
 
 
 @each_side
-@each_backend
+@pytest.mark.parametrize("backend", [name for name in BACKENDS_HERE if name != "dft"])
 def test_result_is_the_same_under_autocast(backend: str, causal: bool) -> None:
     x, taps, dy, _ = case(49, causal)
     want = run(x, taps, dy, backend)
@@ -229,6 +231,18 @@ def test_result_is_the_same_under_autocast(backend: str, causal: bool) -> None:
     for name in want:
         assert got[name].dtype == torch.float32
         assert torch.equal(got[name], want[name]), name
+
+
+@each_side
+def test_matrix_products_cast_under_autocast_as_convolutions_do(causal: bool) -> None:
+    x, taps, dy, _ = case(49, causal)
+    want = run(x.bfloat16(), taps, dy.bfloat16(), "dft")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(x, taps, dy.bfloat16(), "dft")
+        assert run(x.double(), taps, dy.double(), "dft")["y"].dtype == torch.float64
+    assert [got[name].dtype for name in ("y", "dx", "dtaps")] == [torch.bfloat16, torch.float32, torch.float32]
+    assert all(torch.equal(got[name], want[name].to(got[name].dtype)) for name in want)
+    assert long_conv(x.to("meta"), taps.to("meta"), "dft").shape == x.shape  # a device without autocast
 
 
 @pytest.mark.parametrize("taps_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -325,3 +339,37 @@ def test_transform_length_is_the_shortest_smooth_multiple_of_16_that_fits() -> N
     smooth = sorted(2**a * 3**b * 5**c for a in range(4, 14) for b in range(8) for c in range(6))
     for length in range(1, limit // 2):
         assert fft.fft_length(length) == next(n for n in smooth if n >= 2 * length - 1), length
+
+
+@pytest.mark.parametrize(
+    ("length", "want"), [(3136, (56, 56)), (784, (20, 40)), (196, (28, 8)), (49, (8, 8)), (16, (1, 16)), (1, (1, 8))]
+)
+def test_blocks_of_known_signals(length: int, want: tuple[int, int]) -> None:
+    assert dft.block_shape(length) == want
+
+
+def test_blocks_are_the_cheapest_that_the_signal_fits_in() -> None:
+    for length in [*range(1, 300), 784, 1000, 3136, 3137, 9216]:
+        blocks = [1, *range(4, length + 4, 4)]
+        shapes = [(n, 8 * -(-length // (8 * n))) for n in blocks]
+        cheapest = min(n * b * (n + b) for n, b in shapes)
+        n, b = dft.block_shape(length)
+        assert (n, b) in shapes, length
+        assert n * b * (n + b) == cheapest, length
+
+
+@pytest.mark.parametrize("n", [1, 4, 56])
+def test_transform_of_blocks_is_an_isometry_that_loses_nothing(n: int) -> None:
+    transform = dft._isometry(dft._waves(n, torch.float64, torch.device("cpu")))
+    assert transform.shape == (2 * n, n)
+    assert relative_error(transform.mT @ transform, torch.eye(n, dtype=torch.float64)) <= 1e-14
+
+
+@each_side
+def test_half_precision_does_not_overflow_between_the_products(causal: bool) -> None:
+    """A mean of 100 over 3136 samples, summed by a transform that is not an isometry, leaves float16's range."""
+    _, taps, dy, _ = case(3136, causal, torch.float16)
+    x, taps = torch.full_like(dy, 100.0), taps / 1000
+    got = run(x, taps, dy, "dft")
+    want = run(x.double(), taps.double(), dy.double(), "fft")
+    assert all(relative_error(got[name], want[name]) <= TOLERANCE[torch.float16] for name in want)

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgconvnext.longconv import freeze, long_conv, products, reference, toeplitz
+from sgconvnext.longconv import dft, freeze, long_conv, products, reference, toeplitz
 from sgconvnext.longconv.products import channel_chunks, multiply_into
 
 CPU = torch.device("cpu")
-FUNCTIONS: dict[str, Any] = {"toeplitz": toeplitz._ToeplitzConv}
+FUNCTIONS: dict[str, Any] = {"toeplitz": toeplitz._ToeplitzConv, "dft": dft._DFTConv}
 
 each_matrix_backend = pytest.mark.parametrize("backend", FUNCTIONS)
 
@@ -73,6 +73,12 @@ def test_chunks_are_even_in_order_and_within_the_limit(
 
 def test_accelerator_takes_larger_chunks() -> None:
     assert len(channel_chunks(96, 2**21, torch.device("cuda"))) < len(channel_chunks(96, 2**21, CPU))
+
+
+def test_compiled_graph_has_few_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(channel_chunks(96, 2**22, CPU)) == 48
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert len(channel_chunks(96, 2**22, CPU)) == 1
 
 
 @pytest.mark.parametrize("causal", [False, True])

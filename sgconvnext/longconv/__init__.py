@@ -6,12 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import fft, reference, toeplitz, triton_toeplitz
+from . import dft, fft, reference, toeplitz, triton_toeplitz
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "fft": fft.long_conv,
     "toeplitz": toeplitz.long_conv,
     "triton": triton_toeplitz.long_conv,
+    "dft": dft.long_conv,
     "reference": reference.long_conv,
 }
 
@@ -47,11 +48,12 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
         x: signal (B, C, L), floating point.
         taps: K (C, 2L-1) for the lags -(L-1) .. L-1, or (C, L) for the lags 0 .. L-1 (causal).
         backend: "auto", "fft" (O(L log L), float32 inside), "toeplitz" (matrix product in the dtype of x, O(L^2)),
-            "triton" (the same on a GPU's tensor cores, bfloat16 or float16) or "reference" (the definition, float64,
-            O(L^2)).
+            "dft" (matrix products in the dtype of x, O(L^1.5)), "triton" (Toeplitz products on a GPU's tensor cores,
+            bfloat16 or float16, O(L^2)) or "reference" (the definition, float64, O(L^2)). "auto" does not choose "dft"
+            and "triton", which are for GPUs, until they have been timed there.
 
     Returns:
-        y (B, C, L) in the dtype of x; by "triton" under autocast in that of autocast, as from any convolution.
+        y (B, C, L) in the dtype of x; by "dft" and "triton" under autocast in that of autocast, as from a convolution.
 
     Raises:
         ValueError: unknown backend, x not (B, C, L) in floating point, or taps of another shape; "triton" without

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .precision import product_dtype
 from .tiles import conv_tile, dtaps_tile
 
 _INSTALLED = importlib.util.find_spec("triton") is not None  # finding it does not import it
@@ -20,20 +21,12 @@ def refusal(x: Tensor) -> str | None:
         return "backend 'triton' needs the package triton, which is not installed; install it, or use backend='fft'"
     if x.device.type != "cuda" and not (_INTERPRETED and x.device.type == "cpu"):
         return f"backend 'triton' runs on a CUDA device and x is on {x.device}; move it, or use backend='fft'"
-    if _product_dtype(x) not in (torch.bfloat16, torch.float16):
+    if product_dtype(x) not in (torch.bfloat16, torch.float16):
         return (
             f"backend 'triton' multiplies in bfloat16 or float16 and x is {x.dtype}; convert it or use autocast, or "
             "use backend='fft'"
         )
     return None
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """That of x, or autocast's for whatever autocast would cast for a convolution."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def long_conv(x: Tensor, taps: Tensor) -> Tensor:
@@ -48,7 +41,7 @@ def long_conv(x: Tensor, taps: Tensor) -> Tensor:
     if reason := refusal(x):
         raise ValueError(reason)
     # casting and laying out in one pass; nothing happens to what is right already
-    x = x.to(_product_dtype(x), memory_format=torch.contiguous_format).contiguous()
+    x = x.to(product_dtype(x), memory_format=torch.contiguous_format).contiguous()
     y: Tensor = _conv(x, taps.float())
     return y
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import build
 from ..errors import one_line
 from ..layer import SGConv2d
-from ..longconv import fft
+from ..longconv import dft, fft
 from . import formulas
 from .table import Table
 from .workload import random_images, spoken_size
@@ -110,8 +110,8 @@ def count(model: nn.Module, images: Tensor) -> Count:
     """Count a forward pass in evaluation mode, in which the model is left.
 
     "macs" is the algorithm's: a long convolution of L tokens is three FFT steps of 2L points, whatever runs it.
-    "executed" is what the layer's backend runs at that length: FFTs of a padded length, an L x L matrix product, or
-    the tiles that cover one.
+    "executed" is what the layer's backend runs at that length: FFTs of a padded length, products of matrices, or the
+    tiles that cover one.
 
     Args:
         model: timm's; parts are told apart by the names that they have in ConvNeXt and SGConvNeXt.
@@ -225,6 +225,7 @@ HANDLERS: dict[str, Handler] = {
     "prim::PythonOp._FFTConv": _long_conv(lambda b, c, length: formulas.fft_conv(b, c, fft.fft_length(length))),
     "prim::PythonOp._ToeplitzConv": _long_conv(formulas.toeplitz_conv),
     "sgconvnext::toeplitz_conv": _tiled,
+    "prim::PythonOp._DFTConv": _long_conv(lambda b, c, length: formulas.dft_conv(b, c, *dft.block_shape(length))),
     "aten::einsum": _einsum,
     "aten::upsample_linear1d": _interpolation,
     "aten::scaled_dot_product_attention": _attention,
@@ -235,12 +236,8 @@ HANDLERS: dict[str, Handler] = {
     "aten::softmax": elementwise_flop_counter(5, 0),
 }
 _ACTIVATIONS: dict[str, Handler] = dict.fromkeys(
-    (
-        "prim::PythonOp._FFTConv",
-        "prim::PythonOp._ToeplitzConv",
-        "sgconvnext::toeplitz_conv",
-        "aten::scaled_dot_product_attention",
-    ),
+    [f"prim::PythonOp.{name}" for name in ("_FFTConv", "_ToeplitzConv", "_DFTConv")]
+    + ["sgconvnext::toeplitz_conv", "aten::scaled_dot_product_attention"],
     generic_activation_jit(),
 )
 

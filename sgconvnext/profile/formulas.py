@@ -44,6 +44,20 @@ def tiled_conv(batch: int, channels: int, length: int, num_taps: int) -> int:
     return 2 * tiles.conv_macs(batch, channels, length, length - num_taps, length - 1)
 
 
+def dft_conv(batch: int, channels: int, blocks: int, size: int) -> int:
+    """FLOPs of a depthwise convolution by matrix products over n blocks of b samples.
+
+    Per image W, M and W^T of longconv.dft, and once the transform of the taps.
+    """
+    per_image = 2 * (2 * blocks * blocks * size) + blocks * (2 * size) ** 2
+    return 2 * channels * (batch * per_image + dft_response(blocks, size))
+
+
+def dft_response(blocks: int, size: int) -> int:
+    """MACs of transforming the taps of one channel, over the 2n-1 distances between blocks, for 2b-1 lags each."""
+    return 2 * blocks * (2 * blocks - 1) * (2 * size - 1)
+
+
 def linear_interpolation(outputs: int) -> int:
     """FLOPs of interpolating that many outputs linearly, each between two inputs."""
     return INTERPOLATION * outputs

@@ -15,7 +15,9 @@ from .table import Table
 from .timing import Step, Timing, interleave
 from .workload import DTYPES, settle_backends
 
-MATRIX_LIMIT = 2**30  # bytes; a backend that would build a larger L x L matrix per channel is left out
+MATRIX_LIMIT = (
+    2**30
+)  # bytes; a backend that would build more L x L matrices, at once or one after another, is left out
 TIE = 1.05  # backends this close to the fastest are as good: rounds differ by more
 # tiny's stages at 224 px, and a map that is short enough for a matrix product
 DEFAULT_SHAPES = ((96, 56, 56), (192, 28, 28), (384, 14, 14), (768, 7, 7), (768, 4, 4))
@@ -41,7 +43,7 @@ NOTES = [
     "the batch, and the rest one convolution by each backend; these compute in fp32 whatever the dtype, but for "
     "triton.",
     f"right: auto's choice is the fastest, or less than {TIE - 1:.0%} slower. "
-    f"-: left out, because an L x L matrix per channel takes more than {MATRIX_LIMIT / 2**30:g} GiB, or "
+    f"-: left out, because an L x L matrix per channel takes more than {MATRIX_LIMIT / 2**30:g} GiB in all, or "
     "because triton needs a GPU and half precision.",
 ]
 

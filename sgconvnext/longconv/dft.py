@@ -1,0 +1,160 @@
+"""Long convolution as products with small matrices only: O(L^1.5), at matrix-multiply speed in the dtype of x.
+
+The signal, with zeros behind it, is n blocks X_q of b samples. Between blocks the convolution is one over their index,
+with Toeplitz matrices as taps:
+
+    Y_p = sum_{q=0}^{n-1} X_q T_{p-q}        T_d (b, b) of the lags (d - 1) b + 1 .. (d + 1) b - 1
+
+A DFT of N = 2n - 1 points over the index makes that one product per frequency. With real numbers, cosine and sine of
+a frequency beside each other and its weight in both transforms, it is
+
+    y = W^T M W x        W (2n, n) with W^T W = 1;  M one (2b, 2b) matrix for each of n frequencies
+
+and dM = (W x)^T (W dy), summed over the batch. dx is the convolution of dy with the taps of the opposite lags.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .precision import full_precision, product_dtype, without_autocast
+from .products import channel_chunks, multiply_into
+from .toeplitz import antidiagonal_sums
+
+
+def block_shape(length: int) -> tuple[int, int]:
+    """n blocks of b samples that a signal fits in, with the fewest products: 4 n b (n + b) for W, M and W^T.
+
+    b is a multiple of 8 and n of 4, unless it is 1, so that every row of every matrix begins at a multiple of 16 bytes
+    in half precision, as fast kernels need (at 224 px: 56 x 56, 20 x 40, 28 x 8 and 8 x 8 for 3136, 784, 196, 49).
+    """
+    widest = 8 * math.ceil(math.sqrt(length) / 4)  # twice the root; any wider, and there are more products
+    sizes = range(8, widest + 1, 8)
+    shapes = [(4 * math.ceil(length / (4 * size)), size) for size in sizes] + [(1, 8 * math.ceil(length / 8))]
+    return min(shapes, key=lambda shape: math.prod(shape) * sum(shape))
+
+
+def _waves(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Cosine and minus sine (2n, 2n-1) of the n frequencies below half of N = 2n-1, at -(n-1) .. n-1."""
+    index = torch.arange(1 - n, n, device=device)
+    phase = (torch.arange(n, device=device)[:, None] * index) % (2 * n - 1)  # exact, where angles would be rounded
+    angle = phase.to(dtype) * (2 * math.pi / (2 * n - 1))
+    return torch.stack([angle.cos(), -angle.sin()], 1).flatten(0, 1)
+
+
+def _isometry(waves: Tensor) -> Tensor:
+    """W (2n, n) of `_waves`: frequency 0 counts once, the others for their mirror images too."""
+    n = waves.shape[0] // 2
+    energy = torch.full((2 * n, 1), 2 / (2 * n - 1), dtype=waves.dtype, device=waves.device)
+    energy[:2] /= 2
+    return waves[:, n - 1 :] * energy.sqrt()
+
+
+class _Plan:
+    """What forward and backward compute with, and the steps that they share."""
+
+    def __init__(self, x: Tensor, taps: Tensor) -> None:
+        self.length, self.num_taps = x.shape[-1], taps.shape[-1]
+        self.blocks, self.size = block_shape(self.length)
+        self.dtype, self.exact = x.dtype, full_precision(x.dtype)
+        self.waves = _waves(self.blocks, self.exact, x.device)
+        self.transform = _isometry(self.waves).to(x.dtype)
+        self.margin = self.blocks * self.size - self.length
+        self.before = self.length + self.blocks * self.size - 1 - self.num_taps  # zeros, up to the first tap
+        self.taps = F.pad(taps.to(self.exact), (self.before, self.margin))
+        matrix_bytes = (2 * self.size) ** 2 * self.exact.itemsize
+        self.chunks = channel_chunks(x.shape[1], self.blocks * matrix_bytes, x.device)
+
+    def split(self, x: Tensor) -> Tensor:
+        """x (B, C, L), with zeros behind it, as (B*C, n, b)."""
+        return (F.pad(x, (0, self.margin)) if self.margin else x).reshape(-1, self.blocks, self.size)
+
+    def spectrum(self, x: Tensor, batch: int) -> Tensor:
+        """W x (B, C*n, 2b) of x (B*C, n, b)."""
+        return torch.bmm(self.transform.expand(x.shape[0], -1, -1), x).view(batch, -1, 2 * self.size)
+
+    def matrices(self, taps: Tensor) -> Tensor:
+        """M (C*n, 2b, 2b) of taps (C, 2nb-1), for blocks whose samples are in reverse order.
+
+        A row [re im] times [[Re, Im], [-Im, Re]] is a complex product. Each of the four is Toeplitz, and with its rows
+        in reverse order every row is the one before, one lag later.
+        """
+        lags = taps.unfold(-1, 2 * self.size - 1, self.size)  # (C, 2n-1, 2b-1): row d + n - 1 has the lags of T_d
+        response = torch.bmm(self.waves.expand(lags.shape[0], -1, -1), lags).to(self.dtype)
+        real, imaginary = response.view(-1, 2, 2 * self.size - 1).unbind(1)
+        matrices = response.new_empty(real.shape[0], 2, self.size, 2, self.size)
+        for row, column, part in ((0, 0, real), (0, 1, imaginary), (1, 0, -imaginary), (1, 1, real)):
+            matrices[:, row, :, column] = part.unfold(-1, self.size, 1)
+        return matrices.view(-1, 2 * self.size, 2 * self.size)
+
+    def convolve(self, spectrum: Tensor, taps: Tensor) -> Tensor:
+        """y (B, C, L) of W x (B, C*n, 2b) with the samples of every block of x in reverse order."""
+        product = torch.empty_like(spectrum)
+        multiply_into(product.transpose(0, 1), spectrum.transpose(0, 1), self.matrices(taps))
+        product = product.view(-1, 2 * self.blocks, self.size)
+        y = torch.bmm(self.transform.mT.expand(product.shape[0], -1, -1), product)
+        return y.view(spectrum.shape[0], -1, self.blocks * self.size)[..., : self.length]
+
+    def correlate(self, spectrum: Tensor, reverse: Tensor) -> Tensor:
+        """dK (C, num_taps) of W x and W dy (B, C*n, 2b), this one with the samples of every block in reverse order.
+
+        Summed over the batch in float32 (float64 for float64).
+        """
+        size = self.size
+        gradient = spectrum.new_empty(spectrum.shape[1], 2 * size, 2 * size, dtype=self.exact)
+        multiply_into(gradient, spectrum.permute(1, 2, 0), reverse.transpose(0, 1))
+        real = gradient[:, :size, :size] + gradient[:, size:, size:]
+        imaginary = gradient[:, :size, size:] - gradient[:, size:, :size]
+        parts = F.pad(torch.stack([real, imaginary], 1).flatten(0, 1), (0, size))
+        response = antidiagonal_sums(parts).flip(-1).view(-1, 2 * self.blocks, 2 * size - 1)
+        lags = torch.bmm(self.waves.mT.expand(response.shape[0], -1, -1), response)
+        # rows of 2b-1 lags begin b apart: first halves side by side, second halves side by side one block later
+        first, second = F.pad(lags, (0, 1)).split(size, -1)
+        taps = F.pad(first, (0, 0, 0, 1)) + F.pad(second, (0, 0, 1, 0))
+        return taps.flatten(1)[:, self.before : self.before + self.num_taps]
+
+
+class _DFTConv(torch.autograd.Function):
+    """Saves x and the taps only; spectra and matrices are built again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(x, taps)
+        with without_autocast(x):
+            plan = _Plan(x, taps)
+            y = torch.empty_like(x)
+            for chunk in plan.chunks:
+                spectrum = plan.spectrum(plan.split(x[:, chunk]).flip(-1), x.shape[0])
+                y[:, chunk] = plan.convolve(spectrum, plan.taps[chunk])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, taps = ctx.saved_tensors
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dtaps = torch.empty_like(taps) if ctx.needs_input_grad[1] else None
+        with without_autocast(x):
+            plan, dy = _Plan(x, taps), dy.to(x.dtype)
+            for chunk in plan.chunks:
+                reverse = plan.spectrum(plan.split(dy[:, chunk]).flip(-1), x.shape[0])
+                if dx is not None:  # the lags change their signs
+                    dx[:, chunk] = plan.convolve(reverse, plan.taps[chunk].flip(-1))
+                if dtaps is not None:
+                    dtaps[chunk] = plan.correlate(plan.spectrum(plan.split(x[:, chunk]), x.shape[0]), reverse)
+        return dx, dtaps
+
+
+def long_conv(x: Tensor, taps: Tensor) -> Tensor:
+    """Same contract as reference.long_conv; products in the dtype of x. Under autocast x is cast, as for any conv.
+
+    In half precision x, taps and dy are rounded once more after their transforms: y, dx and dtaps are 4e-3 off in
+    bfloat16 and 5e-4 in float16, where one rounding of the taps and y makes 2.4e-3 and 3e-4. float32 is TF32 only if
+    torch is told so: torch.backends.cuda.matmul.allow_tf32, or torch.set_float32_matmul_precision.
+    """
+    y: Tensor = _DFTConv.apply(x.to(product_dtype(x)), taps)
+    return y
