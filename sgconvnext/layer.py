@@ -3,6 +3,7 @@
 Letters: B batch, C channels, L tokens, H W feature map, N scales, d taps per scale.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module, to_2tuple
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .kernel import kernel_norm, lag_taps, multiscale_kernel, num_scales_for, scale_dim_for
 from .longconv import check_backend, freeze, long_conv
 from .longconv.fft import plain_long_conv
 
+TAPS_BYTES = 2**27  # of one direction of all channels; where taps take more they are made a few channels at a time
 DECAYS = ("scale", "position")
 INITS = ("normal", "cosine")
 
@@ -109,7 +112,7 @@ class _MultiScaleKernel(nn.Module):
             else:
                 self.weight.copy_(_cosines(self.weight))
             self.skip.normal_()
-            self.kernel_norm.copy_(kernel_norm(self._multiscale(self.weight)))
+            self.kernel_norm.copy_(self._norm())
 
     def _check_parameters(self, purpose: str) -> None:
         if self.taps is not None:
@@ -118,10 +121,29 @@ class _MultiScaleKernel(nn.Module):
                 "model anew and load the trained weights"
             )
 
-    def _multiscale(self, weight: Tensor) -> Tensor:
+    def _norm(self) -> Tensor:
+        """The L2 norm of every kernel before it is divided by kernel_norm."""
+        with torch.no_grad():
+            groups = [self._multiscale(self.weight[:, :, a:b], self._alpha_of(a, b)) for a, b in self._groups()]
+            return torch.cat([kernel_norm(group) for group in groups], dim=1)
+
+    def _groups(self) -> list[tuple[int, int]]:
+        """First and last channel (exclusive) of groups whose taps take TAPS_BYTES at most."""
+        size = max(1, TAPS_BYTES // (4 * self.length))
+        return [(first, min(first + size, self.channels)) for first in range(0, self.channels, size)]
+
+    def _alpha_of(self, first: int, last: int) -> tuple[float, float]:
+        """The pair of alphas that spreads over a group of channels as ``alpha`` does over all."""
+        if last - first == self.channels:
+            return self.alpha
+        start, end = 1 / self.alpha[0], 1 / self.alpha[1]
+        step = (end - start) / max(1, self.channels - 1)
+        return 1 / (start + step * first), 1 / (start + step * (last - 1))
+
+    def _multiscale(self, weight: Tensor, alpha: tuple[float, float]) -> Tensor:
         # half-precision parameters still make float32 taps; nothing in the generator is on autocast's list
         weight = weight if weight.dtype == torch.float64 else weight.float()
-        return multiscale_kernel(weight, self.length, self.decay, self.alpha, self.exponent)
+        return multiscale_kernel(weight, self.length, self.decay, alpha, self.exponent)
 
     def kernel(self) -> Tensor:
         """The kernel k of Eq. 1 (directions, C, L) in float32 (float64 for float64 parameters), without the skip.
@@ -131,7 +153,7 @@ class _MultiScaleKernel(nn.Module):
         """
         if not torch.jit.is_scripting():
             self._check_parameters("give its kernel without the skip")
-        return self._multiscale(self.weight) / self.kernel_norm
+        return self._multiscale(self.weight, self.alpha) / self.kernel_norm
 
     def built_taps(self) -> Tensor:
         """K with the skip, by lag: (C, 2L-1) if bidirectional, else (C, L); L is what the layer is built for."""
@@ -301,7 +323,26 @@ class SGConv(_MultiScaleKernel):
         if return_kernel:
             kernel = self.kernel()[..., :length]
             return long_conv(x, lag_taps(kernel, self.skip), self.backend), kernel
+        if self.taps is None and len(self._groups()) > 1:
+            return self._convolve_by_groups(x)
         return self._convolve(x, (length,))
+
+    def _convolve_by_groups(self, x: Tensor) -> Tensor:
+        """What forward does, a few channels at a time, and once more in backward: no taps are kept in between."""
+        groups = self._groups()
+        parts = x.split([last - first for first, last in groups], dim=1)
+        done = []
+        for (a, b), part in zip(groups, parts, strict=True):
+            own = self.weight[:, :, a:b], self.skip[a:b], self.kernel_norm[:, a:b]
+            group = functools.partial(self._convolve_group, alpha=self._alpha_of(a, b))
+            done.append(checkpoint(group, part, *own, use_reentrant=False))
+        return torch.cat(done, dim=1)
+
+    def _convolve_group(
+        self, x: Tensor, weight: Tensor, skip: Tensor, norm: Tensor, alpha: tuple[float, float]
+    ) -> Tensor:
+        kernel = self._multiscale(weight / norm[:, None], alpha)[..., : x.shape[-1]]
+        return long_conv(x, lag_taps(kernel, skip), self.backend)
 
     def step(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One output of a causal layer from one input: generation token by token (section 3.2), O(L) a step.
@@ -472,7 +513,7 @@ class SGConv2d(_MultiScaleKernel):
         height, width = _map_size(input_size)
         self._check_parameters("be rebuilt for another input size")
         _, num_scales, _, scale_dim = self.weight.shape
-        before = kernel_norm(self._multiscale(self.weight).detach())
+        before = self._norm()
         self.length = height * width
         self.input_size = (height, width)
         size = scale_dim_for(self.length, num_scales)
@@ -481,7 +522,7 @@ class SGConv2d(_MultiScaleKernel):
                 self.weight.detach().flatten(0, 1), size=size, mode="linear", align_corners=False
             ).unflatten(0, self.weight.shape[:2])
             self.weight = nn.Parameter(stretched, requires_grad=self.weight.requires_grad)
-        after = kernel_norm(self._multiscale(self.weight).detach())
+        after = self._norm()
         growth = torch.where(before > 0, after / before, 1.0)  # a kernel of zeros stays one
         self.kernel_norm = (self.kernel_norm * growth).to(self.kernel_norm.dtype)
 

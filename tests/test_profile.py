@@ -310,6 +310,10 @@ def test_families_are_told_apart_by_name_and_arguments() -> None:
         "one size": (["scaling", "convnext_atto", "--img-size", "64"], ["--img-size", "two sizes"]),
         "same size": (["scaling", "convnext_atto", "--img-size", "64", "64"], ["--img-size", "another number"]),
         "compile": (["throughput", *["convnext_atto"] * 9, "--compile"], ["torch.compile", "--group 8"]),
+        "reparameterized training": (
+            ["throughput", "convnext_atto", "--reparameterize", "--mode", "training"],
+            ["--reparameterize", "inference"],
+        ),
         "accuracy alone": (["throughput", "convnext_atto", "--accuracy", "a.csv"], ["--accuracy", "--plot"]),
         "no accuracies": (
             ["throughput", "convnext_atto", "--accuracy", "no.csv", "--plot", "a.png"],
@@ -356,7 +360,8 @@ def test_command_measures_memory_in_processes_of_their_own(tmp_path: Path) -> No
 
 def test_works_of_a_command_cover_every_mode_batch_and_size() -> None:
     class Arguments:
-        mode, dtype, channels_last, compile, device = ["inference", "training"], "fp32", False, False, "cpu"
+        mode, dtype, channels_last, device = ["inference", "training"], "fp32", False, "cpu"
+        compile = reparameterize = False
 
     works = main.workloads(Arguments(), [1, 2], [(32, 32), (64, 32)])  # type: ignore[arg-type]
     assert len(set(works)) == 8

@@ -13,6 +13,7 @@ from torch import nn
 from training_helpers import trained, write_images
 
 from sgconvnext import SGConv2d
+from sgconvnext.kernel import lag_taps
 from sgconvnext.longconv import long_conv
 from sgconvnext.visualize import __main__ as main
 from sgconvnext.visualize import features, kernels, pruning
@@ -165,23 +166,29 @@ def test_pruning_tells_and_draws_every_share(run: Run, tmp_path: Path, checkpoin
 
 
 def test_pruned_network_is_evaluated_with_its_kernels_pruned(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject, kept = load(checkpoint), []
+    subject, seen, evaluated = load(checkpoint), [], []
     layers = [module for module in subject.model.modules() if isinstance(module, SGConv2d)]
     before = [layer.kernel() for layer in layers]
+    prune = pruning.prune
+
+    def watched(kernel: torch.Tensor, share: float, order: str) -> torch.Tensor:
+        seen.append((share, prune(kernel, share, order)))
+        return seen[-1][1]
 
     def evaluate(model: Any, images: torch.Tensor, targets: torch.Tensor) -> float:
         assert images.shape == (2, 3, 32, 32)
-        assert torch.equal(layers[0].kernel(), layers[0].kernel())  # one network, whatever the batch
-        kept.append([float((layer.kernel() != 0).double().mean()) for layer in layers])
+        evaluated.extend(module.taps for module in model.modules() if isinstance(module, SGConv2d))
         return 50.0
 
+    monkeypatch.setattr(pruning, "prune", watched)
     monkeypatch.setattr(pruning, "top1", evaluate)
     found = pruning.measure(subject, count=2)
     assert [point.share for point in found] == 2 * list(pruning.SHARES)
     assert {point.images for point in found} == {2}
-    for share, of_layers in zip(2 * pruning.SHARES, kept, strict=True):
-        for layer, part in zip(layers, of_layers, strict=True):
-            assert part == 1 - int(share * layer.length) / layer.length
+    assert len(seen) == len(evaluated) == len(layers) * len(found)
+    for layer, taps, (share, kernel) in zip(layers * len(found), evaluated, seen, strict=True):
+        assert float((kernel != 0).double().mean()) == 1 - int(share * layer.length) / layer.length
+        assert torch.equal(taps, lag_taps(kernel, layer.skip))
     assert all(torch.equal(layer.kernel(), kernel) for layer, kernel in zip(layers, before, strict=True))
 
 

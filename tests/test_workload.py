@@ -8,7 +8,7 @@ import timm
 import torch
 from helpers import refused
 
-from sgconvnext import build
+from sgconvnext import SGConv2d, build
 from sgconvnext.profile import workload
 from sgconvnext.profile.workload import Workload, peak_memory, prepare, spoken_size
 
@@ -63,6 +63,15 @@ def test_half_precision_is_autocast_and_memory_format_is_kept(seen: list[Any]) -
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert seen[0].stem[0].weight.dtype == torch.float32
     assert seen[0].stem[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_reparameterized_step_runs_fixed_taps(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = []
+    monkeypatch.setattr(SGConv2d, "reparameterize", lambda self: frozen.append(self))
+    prepare(TINY, Workload(img_size=(32, 32), reparameterize=True))()
+    assert len(frozen) == 4
+    prepare(TINY, Workload(img_size=(32, 32)))()
+    assert len(frozen) == 4
 
 
 def test_compiled_step_runs_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,8 +77,10 @@ def run_scaling(args: argparse.Namespace) -> list[Table]:
 
 def workloads(args: argparse.Namespace, batches: list[int], sizes: list[tuple[int, int]]) -> list[Workload]:
     """One per mode, batch and size."""
+    if args.reparameterize and "training" in args.mode:
+        raise ValueError("--reparameterize is for inference: a model without its kernels' parameters cannot train")
     return [
-        Workload(mode, batch, size, args.dtype, args.channels_last, args.compile, args.device)
+        Workload(mode, batch, size, args.dtype, args.channels_last, args.compile, args.reparameterize, args.device)
         for mode, batch, size in itertools.product(args.mode, batches, sizes)
     ]
 
@@ -91,7 +93,8 @@ def described(args: argparse.Namespace) -> dict[str, str]:
     return {
         "dtype": args.dtype + (half if args.dtype != "fp32" else ""),
         "memory format": "channels_last" if args.channels_last else "contiguous",
-        "run": "torch.compile" if getattr(args, "compile", False) else "eager",
+        "run": ("torch.compile" if getattr(args, "compile", False) else "eager")
+        + (", reparameterized" if getattr(args, "reparameterize", False) else ""),
         "rounds": f"{args.rounds} of {args.seconds:g} s",
     }
 
@@ -125,7 +128,7 @@ def parse_args() -> argparse.Namespace:
     _add_timing(sub, seconds=5.0)
     sub.add_argument("--img-size", **px, default=(224, 224), help="224 or 256x192 (224)")
     sub.add_argument("--batch", **many, default=[1], help="images at a time (1)")
-    sub.add_argument("--compile", action="store_true", help="run torch.compile's versions")
+    _add_versions(sub)
     sub.add_argument("--group", type=arguments.count, metavar="N", help="compare N models at a time, with their first")
     sub.add_argument("--plot", type=Path, metavar="PNG", help="draw throughput against FLOPs")
     sub.add_argument("--accuracy", type=Path, metavar="CSV", help="columns model, top1: draw these too")
@@ -152,13 +155,18 @@ def parse_args() -> argparse.Namespace:
     sizes = [(side, side) for side in (128, 224, 384, 512, 1024)]
     sub.add_argument("--img-size", **px, nargs="+", default=sizes, help="(128 224 384 512 1024)")
     sub.add_argument("--batch", type=arguments.count, default=1, metavar="B", help="images at a time (1)")
-    sub.add_argument("--compile", action="store_true", help="run torch.compile's versions")
+    _add_versions(sub)
     sub.set_defaults(run=run_scaling)
     return parser.parse_args()
 
 
 def _add_models(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("models", nargs="+", metavar="MODEL", help="timm's name, with arguments after commas")
+
+
+def _add_versions(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--compile", action="store_true", help="run torch.compile's versions")
+    sub.add_argument("--reparameterize", action="store_true", help="run timm's reparameterize_model's versions")
 
 
 def _add_output(sub: argparse.ArgumentParser) -> None:

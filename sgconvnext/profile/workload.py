@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from .. import build
@@ -37,6 +38,7 @@ class Workload:
         dtype: of DTYPES; half precision by autocast, without a loss scale.
         channels_last: memory format of model and images.
         compile: run torch.compile's version for these very shapes.
+        reparameterize: run timm's reparameterize_model's version, whose taps are fixed; for inference only.
         device: "cpu" or "cuda".
     """
 
@@ -46,6 +48,7 @@ class Workload:
     dtype: str = "fp32"
     channels_last: bool = False
     compile: bool = False
+    reparameterize: bool = False
     device: str = "cpu"
 
     def __str__(self) -> str:
@@ -86,6 +89,8 @@ def prepare(spec: str, work: Workload) -> Step:
             run(images)
 
     if work.mode == "inference":
+        if work.reparameterize:
+            reparameterize_model(model, inplace=True)
         model.eval()
         return infer
     model.train()

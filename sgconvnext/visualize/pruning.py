@@ -1,5 +1,8 @@
 """How many taps a trained network needs: top-1 against the share of taps that are set to zero."""
 
+import copy
+import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import figure
+from ..kernel import lag_taps
 from .subject import Subject
 
 SHARES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
@@ -47,24 +51,26 @@ def measure(subject: Subject, count: int) -> list[Pruned]:
     Raises:
         ValueError: an untrained network, or no validation data.
     """
-    layers: list[Any] = [layer for stage in subject.mixers() for layer in stage]
     images, targets = subject.samples(count)
-    with torch.no_grad():
-        whole = [layer.kernel() for layer in layers]
     found = []
-    try:
-        for order in ORDERS:
-            torch.manual_seed(0)
-            for share in SHARES:
-                for layer, kernel in zip(layers, whole, strict=True):
-                    pruned = prune(kernel, share, order)
-                    # in place of the method: all else the layer does with a pruned kernel as with its own
-                    layer.kernel = lambda pruned=pruned: pruned
-                found.append(Pruned(order, share, top1(subject.model, images, targets), len(images)))
-    finally:
-        for layer in layers:
-            vars(layer).pop("kernel", None)
+    for order in ORDERS:
+        torch.manual_seed(0)
+        for share in SHARES:
+            model = pruned(subject, share, order)
+            found.append(Pruned(order, share, top1(model, images, targets), len(images)))
     return found
+
+
+def pruned(subject: Subject, share: float, order: str) -> nn.Module:
+    """A copy of the network, reparameterized, with a share of every kernel's taps set to zero."""
+    copied = dataclasses.replace(subject, model=copy.deepcopy(subject.model))
+    with torch.no_grad():
+        for layer in itertools.chain(*copied.mixers()):
+            taps = lag_taps(prune(layer.kernel(), share, order), layer.skip)
+            layer.reparameterize()
+            layer.taps = taps
+    model: nn.Module = copied.model
+    return model
 
 
 def top1(model: nn.Module, images: Tensor, targets: Tensor) -> float:
