@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .kernel import kernel_norm, lag_taps, multiscale_kernel, num_scales_for, scale_dim_for
-from .longconv import check_backend, freeze, long_conv
+from .longconv import check_backend, choose_backend, freeze, long_conv
 from .longconv.fft import plain_long_conv
 
-TAPS_BYTES = 2**27  # of one direction of all channels; where taps take more they are made a few channels at a time
+# Where one direction's taps take more than this, they are made a few channels at a time, each time this many bytes:
+# with as many bytes again a million tokens of 128 channels take a third longer, with a quarter two gigabytes more.
+TAPS_BYTES, GROUP_BYTES = 2**27, 2**25
 DECAYS = ("scale", "position")
 INITS = ("normal", "cosine")
 
@@ -128,8 +130,10 @@ class _MultiScaleKernel(nn.Module):
             return torch.cat([kernel_norm(group) for group in groups], dim=1)
 
     def _groups(self) -> list[tuple[int, int]]:
-        """First and last channel (exclusive) of groups whose taps take TAPS_BYTES at most."""
-        size = max(1, TAPS_BYTES // (4 * self.length))
+        """First and last channel (exclusive) of groups; all channels are one unless their taps take TAPS_BYTES."""
+        if 4 * self.length * self.channels <= TAPS_BYTES:
+            return [(0, self.channels)]
+        size = max(2, GROUP_BYTES // (4 * self.length))
         return [(first, min(first + size, self.channels)) for first in range(0, self.channels, size)]
 
     def _alpha_of(self, first: int, last: int) -> tuple[float, float]:
@@ -176,11 +180,12 @@ class _MultiScaleKernel(nn.Module):
         Only CPUs do this (`runs_eagerly_on_cpu`): on a GPU it would wait for the device.
         """
         sources = [self.weight, self.skip, self.kernel_norm] if self.taps is None else [self.taps]
-        options = (self.backend, self.bidirectional, self.decay, self.alpha, self.exponent, self.length)
+        backend = choose_backend(x) if self.backend == "auto" else self.backend
+        options = (backend, self.bidirectional, self.decay, self.alpha, self.exponent, self.length)
         key = (size, x.shape[-1], x.dtype, options, [(source.dtype, source.device) for source in sources])
         last = self._frozen
         if last is None or last.key != key or not all(map(torch.equal, last.sources, sources)):
-            convolve = freeze(self._taps_for(size), x.shape[-1], x.dtype, self.backend)
+            convolve = freeze(self._taps_for(size), x.shape[-1], x.dtype, backend)
             self._frozen = last = _Frozen(key, [source.detach().clone() for source in sources], convolve)
         return last.convolve
 

@@ -567,7 +567,8 @@ def test_groups_of_channels_equal_all_at_once(
     inputs = [x, *whole.parameters()]
     y = whole(x)
     want = torch.autograd.grad(y, inputs, dy)
-    monkeypatch.setattr(sgconvnext.layer, "TAPS_BYTES", 2 * 4 * 50)  # two channels, and one is left over
+    monkeypatch.setattr(sgconvnext.layer, "TAPS_BYTES", 1)
+    monkeypatch.setattr(sgconvnext.layer, "GROUP_BYTES", 2 * 4 * 50)  # two channels, and one is left over
     torch.manual_seed(0)
     cut = SGConv(7, 50, scale_dim=4, **options)
     assert relative_error(cut.kernel_norm, whole.kernel_norm) <= 1e-6

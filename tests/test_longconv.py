@@ -291,8 +291,18 @@ def test_plain_path_can_be_scripted_and_matches_definition(causal: bool, dtype: 
 @each_length
 def test_auto_runs_one_of_the_fast_backends(length: int, causal: bool) -> None:
     x, taps, _, _ = case(length, causal)
-    assert choose_backend(length) in FAST
-    assert torch.equal(long_conv(x, taps), long_conv(x, taps, choose_backend(length)))
+    assert choose_backend(x) in FAST
+    assert torch.equal(long_conv(x, taps), long_conv(x, taps, choose_backend(x)))
+
+
+def test_auto_chooses_by_length_batch_dtype_and_device() -> None:
+    def chosen(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
+        return choose_backend(torch.empty(shape[0], 4, shape[1], dtype=dtype, device=device))
+
+    assert [chosen(8, length) for length in (1, 36, 37, 3136)] == ["toeplitz", "toeplitz", "fft", "fft"]
+    assert [chosen(1, length) for length in (25, 36)] == ["toeplitz", "fft"]
+    assert [chosen(8, length, dtype=torch.bfloat16) for length in (49, 50)] == ["toeplitz", "fft"]
+    assert chosen(8, 16, device="meta") == "fft"  # nothing is known of it
 
 
 @pytest.mark.timeout(5)

@@ -464,7 +464,8 @@ def test_backend_is_available_in_half_precision_and_never_chosen(dtype: torch.dt
     assert "triton" not in available_backends(x)
     with torch.autocast(DEVICE, dtype=dtype):
         assert "triton" in available_backends(x)
-    assert "triton" not in {choose_backend(length) for length in range(1, 5000)}
+    signals = [torch.empty(2, 1, length, dtype=half) for length in range(1, 5000) for half in (dtype, torch.float32)]
+    assert "triton" not in {choose_backend(signal) for signal in signals}
 
 
 # What it costs

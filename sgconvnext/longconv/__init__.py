@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import dft, fft, reference, toeplitz, triton_toeplitz
+from .choice import choose_backend
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "fft": fft.long_conv,
@@ -30,11 +31,6 @@ def check_backend(backend: str) -> None:
 def available_backends(x: Tensor) -> list[str]:
     """Those that take x: all but "triton" take any."""
     return [name for name in BACKENDS if name != "triton" or triton_toeplitz.refusal(x) is None]
-
-
-def choose_backend(length: int) -> str:
-    """What backend="auto" runs for signals of a length: never "triton", which nobody has timed yet."""
-    return "toeplitz" if length <= 32 else "fft"  # measured on a CPU, batch 1 to 32, forward and backward
 
 
 def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
@@ -68,19 +64,18 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
             f"taps are {tuple(taps.shape)}; x {tuple(x.shape)} needs ({channels}, {2 * length - 1}), or "
             f"({channels}, {length}) for a causal convolution"
         )
-    return BACKENDS[choose_backend(length) if backend == "auto" else backend](x, taps)
+    return BACKENDS[choose_backend(x) if backend == "auto" else backend](x, taps)
 
 
-def freeze(taps: Tensor, length: int, dtype: torch.dtype, backend: str = "auto") -> Callable[[Tensor], Tensor]:
+def freeze(taps: Tensor, length: int, dtype: torch.dtype, backend: str) -> Callable[[Tensor], Tensor]:
     """long_conv with fixed taps as a function of x alone, for inference: what depends on the taps is computed once.
 
     Args:
         taps: as in `long_conv`, without gradient.
         length: L of the signals.
         dtype: of the signals.
-        backend: as in `long_conv`; where it has nothing to compute once, the function is `long_conv` itself.
+        backend: of BACKENDS; where it has nothing to compute once, the function is `long_conv` itself.
     """
-    backend = choose_backend(length) if backend == "auto" else backend
     if backend in _FREEZE:
         return _FREEZE[backend](taps, length, dtype)
     return functools.partial(long_conv, taps=taps, backend=backend)

@@ -56,7 +56,8 @@ def _pieces(x: Tensor) -> Iterator[tuple[slice, list[slice]]]:
         yield slice(0, channels), [slice(0, batch)]
         return
     limit = CPU_PIECE if x.device.type == "cpu" else PIECE
-    signals = max(1, limit // (fft_length(length) * full_precision(x.dtype).itemsize))
+    # no fewer than threads, which take one each
+    signals = max(torch.get_num_threads(), limit // (fft_length(length) * full_precision(x.dtype).itemsize))
     width = -(-channels // -(-channels // signals))  # of as many equal groups of channels as it takes
     images = max(1, signals // max(1, width))
     for first in range(0, channels, width):

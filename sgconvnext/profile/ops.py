@@ -132,7 +132,8 @@ def _matrix_bytes(backend: str, layer: Layer) -> int:
 def _row(layer: Layer, timings: dict[str, Timing]) -> dict[str, Any]:
     channels, height, width = layer.shape
     backends = {name: timing.median for name, timing in timings.items() if name in BACKENDS}
-    chosen, fastest = choose_backend(height * width), min(backends, key=backends.__getitem__)
+    signal = torch.empty(layer.batch, channels, height * width, device=layer.device)
+    chosen, fastest = choose_backend(signal), min(backends, key=backends.__getitem__)
     right = chosen in backends and backends[chosen] < TIE * backends[fastest]
     return {
         "channels": channels,

@@ -90,19 +90,25 @@ def _accuracy_panels(kinds: dict[str, Rows], accuracies: dict[str, float]) -> li
 
 
 def _draw_panel(axes: Any, panel: Panel) -> None:
+    from matplotlib.ticker import LogLocator
+
     families: defaultdict[str, Rows] = defaultdict(list)
     for row in panel.rows:
         families[_family_and_size(row["model"])[0]].append(row)
-    for (family, rows), colour in zip(families.items(), itertools.cycle(figure.COLOURS), strict=False):
+    # names of one family above its points, of the next below, so that close points stay readable
+    places = itertools.cycle([((4, 4), "left"), ((-4, -11), "right")])
+    styles = zip(itertools.cycle(figure.COLOURS), places, strict=False)
+    for (family, rows), (colour, (offset, side)) in zip(families.items(), styles, strict=False):
         x, y = zip(*map(panel.point, rows), strict=True)
         axes.plot(x, y, color=colour, marker="o", markersize=4, label=family)
         for row, *at in zip(rows, x, y, strict=True):
             size = _family_and_size(row["model"])[1]
-            axes.annotate(size, at, (4, 4), textcoords="offset points", color=colour, fontsize=8)
+            axes.annotate(size, at, offset, textcoords="offset points", ha=side, color=colour, fontsize=8)
     figure.plain(axes, panel.title, panel.x, panel.y)
     for scale, axis, name in ((axes.set_xscale, axes.xaxis, panel.x), (axes.set_yscale, axes.yaxis, panel.y)):
         if not name.startswith("top-1"):
             scale("log")
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter("")
     axes.legend(frameon=False, fontsize=9)
