@@ -143,6 +143,11 @@ class Context:
 def on_gpu(backend: str, dtype: torch.dtype) -> Seen:
     """What a backend would run on CUDA: fake tensors go through every check of shapes, dtypes and strides."""
     function, context = FUNCTIONS[backend], Context()
+    with FakeTensorMode():
+        try:
+            torch.empty(2, device="cuda")[1:]
+        except RuntimeError as error:
+            pytest.skip(f"this torch asks a driver for its opinion of fake tensors: {error}")
     with FakeTensorMode(), Seen() as seen:
         x, taps = torch.empty(8, 6, 196, dtype=dtype, device="cuda"), torch.empty(6, 391, device="cuda")
         y = function.forward(context, x, taps)

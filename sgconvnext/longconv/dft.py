@@ -34,8 +34,11 @@ def block_shape(length: int) -> tuple[int, int]:
     """
     widest = 8 * math.ceil(math.sqrt(length) / 4)  # twice the root; any wider, and there are more products
     sizes = range(8, widest + 1, 8)
-    shapes = [(4 * math.ceil(length / (4 * size)), size) for size in sizes] + [(1, 8 * math.ceil(length / 8))]
-    return min(shapes, key=lambda shape: math.prod(shape) * sum(shape))
+    best = (1, 8 * math.ceil(length / 8))
+    for n, size in [(4 * math.ceil(length / (4 * size)), size) for size in sizes]:
+        if n * size * (n + size) < best[0] * best[1] * (best[0] + best[1]):  # torch 2.6 compiles no min(key=...)
+            best = (n, size)
+    return best
 
 
 def _waves(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -36,15 +36,15 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     cuBLAS writes into strided views. On a CPU, bmm would then multiply one matrix after the other, and Dynamo takes
     no strided ``out=``; there the product is copied.
     """
-    if a.dtype == out.dtype:
-        if out.is_cuda and not torch.compiler.is_compiling():
-            torch.bmm(a, b, out=out)
-        else:
-            out.copy_(torch.bmm(a, b))
-    elif out.is_cuda and _BMM_TAKES_OUT_DTYPE:
-        if torch.compiler.is_compiling():
+    on_gpu, compiling = out.device.type == "cuda", torch.compiler.is_compiling()
+    if a.dtype != out.dtype and on_gpu and _BMM_TAKES_OUT_DTYPE:
+        if compiling:
             out.copy_(torch.bmm(a, b, out_dtype=out.dtype))
         else:
             torch.bmm(a, b, out_dtype=out.dtype, out=out)
+        return
+    a, b = a.to(out.dtype), b.to(out.dtype)
+    if on_gpu and not compiling:
+        torch.bmm(a, b, out=out)
     else:
-        out.copy_(torch.bmm(a.to(out.dtype), b.to(out.dtype)))
+        out.copy_(torch.bmm(a, b))

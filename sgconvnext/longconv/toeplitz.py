@@ -33,8 +33,11 @@ def antidiagonal_sums(padded: Tensor) -> Tensor:
 
 
 def _with_unit_stride(x: Tensor) -> Tensor:
-    """A copy where samples are apart, as in a channels-last map: bmm would copy too, or multiply one by one."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """A copy where samples are apart, as in a channels-last map: bmm would copy too, or multiply one by one.
+
+    A compiler lays its tensors out itself; torch 2.6 does not even let it ask for strides in a backward pass.
+    """
+    return x if torch.compiler.is_compiling() or x.stride(-1) == 1 else x.contiguous()
 
 
 def _convolve(x: Tensor, taps: Tensor, *, adjoint: bool = False, matrix: Tensor | None = None) -> Tensor:
