@@ -245,7 +245,7 @@ def test_ops_times_convolutions_of_the_layer_and_their_gradients(monkeypatch: py
 def test_choice_is_right_within_a_tie(slower: float, right: str) -> None:
     seconds = {"7x7": 1.0, "SGConv": 4.0, "kernel": 0.5, "fft": 2.0, "toeplitz": 2.0 * slower, "reference": 9.0}
     timings = {name: Timing([[time]], [[1.0]]) for name, time in seconds.items()}
-    row = ops._row(ops.Layer((8, 4, 4)), timings)
+    row = ops.row(ops.Layer((8, 4, 4)), timings)
     assert (row["auto"], row["fastest"], row["right"]) == ("toeplitz", "fft", right)
     assert row["ratio"] == 0.25
     assert row["toeplitz ms"] == 2000 * slower

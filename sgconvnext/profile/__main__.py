@@ -4,6 +4,7 @@
     python -m sgconvnext.profile throughput convnext_tiny sgconvnext_tiny --batch 1 8 --mode inference training
     python -m sgconvnext.profile ops --batch 1 8
     python -m sgconvnext.profile scaling convnext_tiny sgconvnext_tiny
+    python -m sgconvnext.profile gpu --part 1
 
 A model is timm's name for it, with arguments of its own after commas: sgconvnext_tiny,backend=fft,num_scales=4
 """
@@ -22,7 +23,9 @@ import torch
 import sgconvnext  # noqa: F401  registers the models with timm
 
 from .. import arguments, distributed, figure
-from . import flops, ops, plot, scaling, throughput
+from ..registry import SIZES
+from . import flops, gpu, ops, plot, scaling, throughput
+from .gpu_plan import TIMED, Plan
 from .table import STYLES, Table, environment, render
 from .workload import DTYPES, Workload
 
@@ -36,9 +39,10 @@ def main() -> None:
         args.device = chosen_device(args.device)
         tables = args.run(args)
         command = shlex.join(["python", "-m", "sgconvnext.profile", *sys.argv[1:]])
-        sys.stdout.write(
-            render(tables, environment(torch.device(args.device), command, **described(args)), args.style)
-        )
+        facts = environment(torch.device(args.device), command, **described(args))
+        sys.stdout.write(render(tables, facts, args.style))
+        if getattr(args, "out", None):
+            args.out.write_text(render(tables, facts, "json"))
         if getattr(args, "plot", None):
             plot.draw(tables[0].rows, args.accuracies, args.plot)
     except (ValueError, OSError) as error:
@@ -75,6 +79,17 @@ def run_scaling(args: argparse.Namespace) -> list[Table]:
     return [scaling.table(args.models, workloads(args, [args.batch], sizes), args.rounds, args.seconds)]
 
 
+def run_gpu(args: argparse.Namespace) -> list[Table]:
+    args.out = args.out or Path(f"gpu_part{args.part}.json")
+    if not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+    backends = tuple(args.backends or gpu.BACKENDS_OF[args.part])
+    plan = Plan(
+        args.device, tuple(args.sizes), tuple(args.mode), backends=backends, reparameterize=args.reparameterize
+    )
+    return gpu.measure(args.part, plan, args.deadline)
+
+
 def workloads(args: argparse.Namespace, batches: list[int], sizes: list[tuple[int, int]]) -> list[Workload]:
     """One per mode, batch and size."""
     if args.reparameterize and "training" in args.mode:
@@ -89,6 +104,8 @@ def described(args: argparse.Namespace) -> dict[str, str]:
     """How things were run, for the line below a table."""
     if args.command == "flops":
         return {"dtype": "fp32"}
+    if args.command == "gpu":
+        return {"dtype": "bf16"} | gpu.facts()
     half = " autocast" + (" without a loss scale" if args.dtype == "fp16" and "training" in args.mode else "")
     return {
         "dtype": args.dtype + (half if args.dtype != "fp32" else ""),
@@ -157,6 +174,21 @@ def parse_args() -> argparse.Namespace:
     sub.add_argument("--batch", type=arguments.count, default=1, metavar="B", help="images at a time (1)")
     _add_versions(sub)
     sub.set_defaults(run=run_scaling)
+
+    sub = commands.add_parser("gpu", help="what a GPU has to show, in parts of less than ten minutes")
+    _add_output(sub)
+    parts = "1: rates, cuDNN's 7x7, exactness and speed of the backends; 3: models"
+    sub.add_argument("--part", type=int, choices=gpu.PARTS, required=True, help=parts)
+    sub.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny", "large"], help="(tiny large)")
+    _add_modes(sub, default=["inference", "training"])
+    defaults = "; ".join(f"part {part}: {' '.join(names)}" for part, names in gpu.BACKENDS_OF.items())
+    sub.add_argument("--backends", nargs="+", choices=TIMED, help=f"({defaults})")
+    sub.add_argument("--reparameterize", action="store_true", help="part 3: fix the taps of models that infer")
+    sub.add_argument(
+        "--deadline", type=arguments.seconds, default=gpu.DEADLINE_S, metavar="S", help=f"({gpu.DEADLINE_S:g})"
+    )
+    sub.add_argument("--out", type=Path, metavar="JSON", help="file to write (gpu_partN.json)")
+    sub.set_defaults(run=run_gpu, device="auto")
     return parser.parse_args()
 
 
@@ -177,9 +209,13 @@ def _add_output(sub: argparse.ArgumentParser) -> None:
     sub.set_defaults(style="table", threads=None, device="cpu")
 
 
-def _add_timing(sub: argparse.ArgumentParser, seconds: float) -> None:
+def _add_modes(sub: argparse.ArgumentParser, default: list[str]) -> None:
     modes = ("inference", "training")
-    sub.add_argument("--mode", nargs="+", choices=modes, default=["inference"], help="(inference)")
+    sub.add_argument("--mode", nargs="+", choices=modes, default=default, help=f"({' '.join(default)})")
+
+
+def _add_timing(sub: argparse.ArgumentParser, seconds: float) -> None:
+    _add_modes(sub, default=["inference"])
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto: CUDA if there)")
     sub.add_argument("--threads", type=arguments.count, metavar="N", help="of a CPU (torch's choice)")
     sub.add_argument("--dtype", choices=DTYPES, default="fp32", help="half precision by autocast (fp32)")

@@ -15,9 +15,8 @@ from .table import Table
 from .timing import Step, Timing, interleave
 from .workload import DTYPES, settle_backends
 
-MATRIX_LIMIT = (
-    2**30
-)  # bytes; a backend that would build more L x L matrices, at once or one after another, is left out
+# bytes; a backend that would build more L x L matrices, at once or one after another, is left out
+MATRIX_LIMIT = 2**30
 TIE = 1.05  # backends this close to the fastest are as good: rounds differ by more
 # tiny's stages at 224 px, and a map that is short enough for a matrix product
 DEFAULT_SHAPES = ((96, 56, 56), (192, 28, 28), (384, 14, 14), (768, 7, 7), (768, 4, 4))
@@ -41,7 +40,7 @@ NOTES = [
     "SGConv: the whole layer with auto's choice of a backend; ratio: its speed over the 7x7 depthwise "
     "convolution's, above 1 is faster. Of its parts, kernel is the generation of the taps, which does not grow with "
     "the batch, and the rest one convolution by each backend; these compute in fp32 whatever the dtype, but for "
-    "triton.",
+    "dft and triton.",
     f"right: auto's choice is the fastest, or less than {TIE - 1:.0%} slower. "
     f"-: left out, because an L x L matrix per channel takes more than {MATRIX_LIMIT / 2**30:g} GiB in all, or "
     "because triton needs a GPU and half precision.",
@@ -50,7 +49,17 @@ NOTES = [
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's work: a shape (C, H, W), a batch, forward or forward and backward, dtype by autocast, device."""
+    """One layer's work.
+
+    Args:
+        shape: C, H, W.
+        batch: images at a time.
+        mode: "inference" (forward) or "training" (forward and backward).
+        dtype: of DTYPES; half precision by autocast.
+        channels_last: memory format of images and weights.
+        device: "cpu" or "cuda".
+        autocast: False gives images and the 7x7 convolution the dtype itself.
+    """
 
     shape: tuple[int, int, int]
     batch: int = 1
@@ -58,6 +67,12 @@ class Layer:
     dtype: str = "fp32"
     channels_last: bool = False
     device: str = "cpu"
+    autocast: bool = True
+
+    @property
+    def tensor_dtype(self) -> torch.dtype:
+        """Of what the layer is given."""
+        return torch.float32 if self.autocast else DTYPES[self.dtype]
 
 
 def table(layers: Sequence[Layer], rounds: int, seconds: float) -> Table:
@@ -71,7 +86,7 @@ def table(layers: Sequence[Layer], rounds: int, seconds: float) -> Table:
     for layer in layers:
         steps = prepare(layer)
         timings = interleave(list(steps.values()), torch.device(layer.device), rounds, seconds)
-        result.rows.append(_row(layer, dict(zip(steps, timings, strict=True))))
+        result.rows.append(row(layer, dict(zip(steps, timings, strict=True))))
     return result
 
 
@@ -83,9 +98,11 @@ def prepare(layer: Layer) -> dict[str, Step]:
     device = torch.device(layer.device)
     layout = torch.channels_last if layer.channels_last else torch.contiguous_format
     training = layer.mode == "training"
-    image = torch.randn(layer.batch, *layer.shape, device=device).to(memory_format=layout).requires_grad_(training)
+    image = torch.randn(layer.batch, *layer.shape, device=device).to(layer.tensor_dtype, memory_format=layout)
+    image.requires_grad_(training)
     signal = image.detach().flatten(2).requires_grad_(training)
-    depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels, device=device).to(memory_format=layout)
+    depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels, device=device)
+    depthwise.to(layer.tensor_dtype).to(memory_format=layout)
     mixer = SGConv2d(channels, (height, width), device=device)
     taps = lag_taps(mixer.kernel(), mixer.skip).detach().requires_grad_(training)
 
@@ -120,7 +137,7 @@ def _step(layer: Layer, forward: Callable[[], Tensor], inputs: list[Tensor]) -> 
 
 
 def _autocast(layer: Layer) -> torch.autocast:
-    return torch.autocast(layer.device, DTYPES[layer.dtype], enabled=layer.dtype != "fp32")
+    return torch.autocast(layer.device, DTYPES[layer.dtype], enabled=layer.autocast and layer.dtype != "fp32")
 
 
 def _matrix_bytes(backend: str, layer: Layer) -> int:
@@ -129,7 +146,8 @@ def _matrix_bytes(backend: str, layer: Layer) -> int:
     return {"toeplitz": 4, "reference": 8}.get(backend, 0) * channels * (height * width) ** 2
 
 
-def _row(layer: Layer, timings: dict[str, Timing]) -> dict[str, Any]:
+def row(layer: Layer, timings: dict[str, Timing]) -> dict[str, Any]:
+    """A row with COLUMNS, of timings by the names of `prepare`."""
     channels, height, width = layer.shape
     backends = {name: timing.median for name, timing in timings.items() if name in BACKENDS}
     signal = torch.empty(layer.batch, channels, height * width, device=layer.device)

@@ -10,7 +10,7 @@ import torch
 from .. import build
 from . import flops
 from .table import Table
-from .timing import interleave
+from .timing import Timing, interleave
 from .workload import DoesNotFitError, Workload, failure, peak_memory, prepare, random_images, spoken_size
 
 _logger = logging.getLogger(__name__)
@@ -99,12 +99,17 @@ def _time(models: Sequence[str], work: Workload, rounds: int, seconds: float, ro
     except RuntimeError as error:
         raise failure(" and ".join(models), work, error) from error
     for row, timing in zip(rows, timings, strict=True):
-        row |= {
-            "images/s": work.batch / timing.median,
-            "spread, %": 100 * timing.spread,
-            "ratio": timing.ratio,
-            "seconds": timing.by_round,
-        }
+        row |= speed(work.batch, timing)
+
+
+def speed(batch: int, timing: Timing) -> dict[str, Any]:
+    """What a row says of the time of a step."""
+    return {
+        "images/s": batch / timing.median,
+        "spread, %": 100 * timing.spread,
+        "ratio": timing.ratio,
+        "seconds": timing.by_round,
+    }
 
 
 @functools.cache
