@@ -169,6 +169,31 @@ def test_model_that_cannot_run_is_refused() -> None:
         count(timm.create_model("convnext_atto"), images(1, (8, 8)))
 
 
+class Fused(nn.Module):
+    """The Triton operators of a block, which run on the meta device without a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(3, device="meta")
+        self.gamma = nn.Parameter(torch.empty(3, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        from sgconvnext.triton_block import layer_norm_channels_last, scale_residual_channels_first
+
+        tokens = x.flatten(2)
+        y = layer_norm_channels_last(tokens, self.norm.weight, self.norm.bias, self.norm.eps, torch.bfloat16)
+        return scale_residual_channels_first(tokens, y, self.gamma).reshape(x.shape)
+
+
+def test_triton_norm_costs_what_a_norm_costs_and_the_residual_nothing() -> None:
+    pytest.importorskip("triton", reason="the block's Triton operators need triton")
+    x = images(2, (8, 6)).to("meta")
+    assert count(Fused(), x).total().macs == count(nn.LayerNorm(6, device="meta"), x).total().macs == 5 * x.numel()
+    with FlopCounterMode(display=False) as counter:
+        Fused()(x).sum().backward()
+    assert counter.get_total_flops() == 0  # as for torch's own norms and sums
+
+
 class Unknown(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cumsum(x, 1)

@@ -43,7 +43,7 @@ ELEMENTWISE = frozenset(
     )
     for name in names.split()
     for ending in ("", "_")
-)
+) | {"sgconvnext::scale_residual_channels_first"}
 
 STEM, KERNEL, CONVOLUTION, MLP, NORM, HEAD, OTHER = PARTS = (
     "stem and downsampling",
@@ -233,7 +233,7 @@ HANDLERS: dict[str, Handler] = {
         [f"aten::{name}" for name in ("mean", "sum", "norm", "linalg_vector_norm", "avg_pool2d", "max_pool2d")],
         elementwise_flop_counter(1, 0),
     ),
-    "aten::softmax": elementwise_flop_counter(5, 0),
+    **dict.fromkeys(["aten::softmax", "sgconvnext::layer_norm_channels_last"], elementwise_flop_counter(5, 0)),
 }
 _ACTIVATIONS: dict[str, Handler] = dict.fromkeys(
     [f"prim::PythonOp.{name}" for name in ("_FFTConv", "_ToeplitzConv", "_DFTConv")]
