@@ -7,8 +7,9 @@ from timm.layers import DropPath, LayerNorm, Mlp
 from torch import Tensor, nn
 
 from .layer import SGConv2d, runs_eagerly_on_cpu
+from .longconv import available_backends
 
-PIECE = 1024  # tokens whose hidden layer stays in a CPU's cache; measured with widths 96 to 768
+PIECE = 512  # tokens whose hidden layer stays in a CPU's cache; measured with widths 96 to 768
 
 
 class SGConvNeXtBlock(nn.Module):
@@ -50,6 +51,8 @@ class SGConvNeXtBlock(nn.Module):
             nn.init.constant_(self.gamma, self.ls_init_value)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self._runs_triton(x):
+            return self._fused(x)
         y = self.sgconv(x).permute(0, 2, 3, 1)  # LN and the MLP work on (B, H, W, C)
         if not torch.jit.is_scripting() and self._works_in_pieces(x):
             return self._in_pieces(x, y)
@@ -65,7 +68,35 @@ class SGConvNeXtBlock(nn.Module):
         """Whether a few tokens at a time keep the hidden layer, 4 times larger, in the cache, and no hook sees it."""
         if not runs_eagerly_on_cpu(x) or x.shape[0] * x.shape[2] * x.shape[3] <= PIECE:
             return False
-        return not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        return not self._is_hooked()
+
+    @torch.jit.unused
+    def _is_hooked(self) -> bool:
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return any(getattr(module, kind) for module in self.modules() for kind in kinds)
+
+    @torch.jit.unused
+    def _runs_triton(self, x: Tensor) -> bool:
+        """Whether Triton runs the convolution; then it also runs the norm and the sum, which change the layout."""
+        if self.sgconv.backend != "triton" or not isinstance(x, Tensor) or self._is_hooked():
+            return False
+        return "triton" in available_backends(x)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> Tensor:
+        """The block's output with LN from (B, C, L) to (B, L, C) and the sum back, without further passes."""
+        from . import triton_block  # imports triton
+
+        mixed, norm = self.sgconv(x).flatten(2), self.norm
+        tokens = triton_block.layer_norm_channels_last(mixed, norm.weight, norm.bias, norm.eps)
+        keep = None
+        if isinstance(self.drop_path, DropPath) and self.training:
+            kept = 1 - self.drop_path.drop_prob
+            keep = torch.empty(x.shape[0], device=x.device).bernoulli_(kept)
+            if kept > 0 and self.drop_path.scale_by_keep:
+                keep = keep.div_(kept)
+        y = triton_block.scale_residual_channels_first(x.flatten(2), self.mlp(tokens), self.gamma, keep)
+        return y.view(x.shape)
 
     @torch.jit.unused
     def _in_pieces(self, x: Tensor, y: Tensor) -> Tensor:

@@ -31,6 +31,10 @@ def runs_eagerly_on_cpu(x: Tensor) -> bool:
     return type(x) is Tensor and x.device.type == "cpu" and not building
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or torch.equal(a, b)
+
+
 class _Frozen(NamedTuple):
     """A convolution with fixed taps, what it was made for, and the values of the tensors that it was made from."""
 
@@ -169,24 +173,28 @@ class _MultiScaleKernel(nn.Module):
     @torch.jit.unused
     def _convolve(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         """x (B, C, L) with the taps for a size."""
-        if self.training or torch.is_grad_enabled() or not runs_eagerly_on_cpu(x):
+        if self.training or torch.is_grad_enabled() or not runs_eagerly_on_cpu(x) or len(self._groups()) > 1:
             return long_conv(x, self._taps_for(size), self.backend)
         return self._freeze(x, size)(x)
 
     def _freeze(self, x: Tensor, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
         """The convolution with the taps of now. What was made last is taken if it was made from the same values.
 
-        The values are compared, not versions or addresses, which weights written through ``.data`` leave as they are.
-        Only CPUs do this (`runs_eagerly_on_cpu`): on a GPU it would wait for the device.
+        The values of parameters are compared, not versions or addresses, which weights written through ``.data`` leave
+        as they are; of the buffer that `reparameterize` made, which nothing trains, the version is enough. Only CPUs do
+        this (`runs_eagerly_on_cpu`): a GPU would have to be waited for.
         """
+        fixed = self.taps is not None and not self.taps.is_inference()  # those have no version
         sources = [self.weight, self.skip, self.kernel_norm] if self.taps is None else [self.taps]
         backend = choose_backend(x) if self.backend == "auto" else self.backend
-        options = (backend, self.bidirectional, self.decay, self.alpha, self.exponent, self.length)
-        key = (size, x.shape[-1], x.dtype, options, [(source.dtype, source.device) for source in sources])
+        built = (self.length, getattr(self, "input_size", None), self.bidirectional)
+        options = (backend, self.decay, self.alpha, self.exponent, self.taps._version if fixed else None)
+        key = (size, x.shape[-1], x.dtype, built, options, [(source.dtype, source.device) for source in sources])
         last = self._frozen
-        if last is None or last.key != key or not all(map(torch.equal, last.sources, sources)):
+        if last is None or last.key != key or not all(map(_equal, last.sources, sources)):
             convolve = freeze(self._taps_for(size), x.shape[-1], x.dtype, backend)
-            self._frozen = last = _Frozen(key, [source.detach().clone() for source in sources], convolve)
+            kept = sources if fixed else [source.detach().clone() for source in sources]
+            self._frozen = last = _Frozen(key, kept, convolve)
         return last.convolve
 
     @torch.jit.unused
@@ -208,6 +216,7 @@ class _MultiScaleKernel(nn.Module):
         """As of any module; a reparameterized layer refuses to train."""
         if mode:
             self._check_parameters("train")
+            self._frozen = None  # which takes memory
         return super().train(mode)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -346,7 +355,7 @@ class SGConv(_MultiScaleKernel):
     def _convolve_group(
         self, x: Tensor, weight: Tensor, skip: Tensor, norm: Tensor, alpha: tuple[float, float]
     ) -> Tensor:
-        kernel = self._multiscale(weight / norm[:, None], alpha)[..., : x.shape[-1]]
+        kernel = self._multiscale(weight, alpha)[..., : x.shape[-1]] / norm
         return long_conv(x, lag_taps(kernel, skip), self.backend)
 
     def step(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The block in pieces, as it runs on CPUs, against the block as a whole."""
 
 import copy
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -106,3 +107,31 @@ def test_pieces_under_autocast_equal_the_whole() -> None:
         want = whole(module, run, x)
     assert y.dtype == want.dtype
     assert relative_error(y - x, want - x) <= 1e-2
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_fused_block_equals_the_whole(drop_path: float) -> None:
+    """The Triton programs around the MLP, in its interpreter where there is no GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = SGConvNeXtBlock(16, (5, 4), ls_init_value=0.5, drop_path=drop_path, backend="triton", device=device)
+    x, dy = torch.randn(8, 16, 5, 4, device=device), torch.randn(8, 16, 5, 4, device=device)
+    other = copy.deepcopy(module)
+    other.sgconv.backend = "fft"
+    found = []
+    for block_ in (module, other):
+        torch.manual_seed(0)
+        shortcut = x.clone().requires_grad_()
+        with torch.autocast(device, torch.float16):
+            assert block_._runs_triton(shortcut) == (block_ is module)
+            y = block_(shortcut)
+        found.append([y - x, *torch.autograd.grad(y, [shortcut, *block_.parameters()], dy)])
+        assert y.dtype == torch.float32
+    if drop_path:  # the two draw numbers of their own
+        with torch.no_grad(), torch.autocast(device, torch.float16):
+            branch = module.eval()(x) - x
+        ratio = found[0][0].flatten(1).norm(dim=1) / branch.flatten(1).norm(dim=1)
+        assert {round(value, 2) for value in ratio.tolist()} == {0.0, 2.0}
+    else:
+        for got, want in zip(*found, strict=True):
+            assert relative_error(got, want) <= 1e-2

@@ -158,8 +158,27 @@ def test_taps_of_a_reparameterized_layer_are_not_stale_either() -> None:
     module, x = SGConv2d(6, 8).eval(), images(2, 6, 8, 8)
     module.reparameterize()
     kept(module, x)
-    module.taps.data.mul_(2.0)
+    other = SGConv2d(6, 8)
+    other.reparameterize()
+    changes: list[Callable[[], object]] = [
+        lambda: module.taps.mul_(2.0),
+        lambda: module.load_state_dict(other.state_dict()),
+        lambda: module.load_state_dict({"taps": torch.randn(6, 127)}, assign=True),
+        lambda: (module.double(), module.taps.mul_(-1.0), module.float()),
+    ]
+    for change in changes:
+        before = kept(module, x)
+        change()
+        assert relative_error(kept(module, x), rebuilt(module, x)) <= 1e-6
+        assert relative_error(kept(module, x), before) > 1e-3
+
+
+def test_kept_taps_follow_a_map_turned_on_its_side() -> None:
+    module, x = SGConv2d(4, (4, 6)).eval(), images(2, 4, 4, 6)
+    before = kept(module, x)
+    module.set_input_size((6, 4))
     assert relative_error(kept(module, x), rebuilt(module, x)) <= 1e-6
+    assert relative_error(kept(module, x), before) > 1e-3
 
 
 def test_reparameterized_layer_refuses_what_needs_parameters() -> None:

@@ -47,6 +47,8 @@ def main() -> None:
             plot.draw(tables[0].rows, args.accuracies, args.plot)
     except (ValueError, OSError) as error:
         distributed.fail("sgconvnext.profile", error)
+    except RuntimeError as error:  # such as out of memory
+        distributed.fail("sgconvnext.profile", error)
 
 
 def run_flops(args: argparse.Namespace) -> list[Table]:

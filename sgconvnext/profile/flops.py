@@ -126,7 +126,7 @@ def count(model: nn.Module, images: Tensor) -> Count:
         activations = _quiet(ActivationCountAnalysis(model, images)).set_op_handle(**_ACTIVATIONS)
         try:
             operators = flops.by_operator()  # runs the model; before it no operation is known
-        except (RuntimeError, AssertionError, TypeError) as error:
+        except (RuntimeError, AssertionError, TypeError, ValueError) as error:
             raise UncountedError(f"{type(model).__name__} on {tuple(images.shape)}: {one_line(error)}") from error
         unknown = sorted(set(flops.unsupported_ops()) - ELEMENTWISE)
         if unknown:

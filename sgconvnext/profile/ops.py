@@ -103,7 +103,7 @@ def prepare(layer: Layer) -> dict[str, Step]:
     signal = image.detach().flatten(2).requires_grad_(training)
     depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels, device=device)
     depthwise.to(layer.tensor_dtype).to(memory_format=layout)
-    mixer = SGConv2d(channels, (height, width), device=device)
+    mixer = SGConv2d(channels, (height, width), device=device).train(training)
     taps = lag_taps(mixer.kernel(), mixer.skip).detach().requires_grad_(training)
 
     steps: dict[str, Step] = {

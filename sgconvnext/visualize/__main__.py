@@ -29,6 +29,8 @@ def main() -> None:
         figure.save(args.draw(subject, args), out)
     except (ValueError, OSError) as error:
         distributed.fail("sgconvnext.visualize", error)
+    except RuntimeError as error:  # such as out of memory
+        distributed.fail("sgconvnext.visualize", error)
     sys.stdout.write(f"{out}: {args.command} of {subject.title}\n")
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import figure
+from ..errors import one_line
 from .subject import Subject
 
 MAPS = 6  # channels per stage
@@ -20,7 +21,10 @@ def stage_outputs(subject: Subject, images: Tensor) -> list[Tensor]:
     """
     if not hasattr(subject.model, "forward_intermediates"):
         raise ValueError(f"{subject.name} has no stage outputs (timm's forward_intermediates)")
-    maps: list[Tensor] = subject.model.forward_intermediates(images, intermediates_only=True)
+    try:
+        maps: list[Tensor] = subject.model.forward_intermediates(images, intermediates_only=True)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"{subject.name} on images {tuple(images.shape)}: {one_line(error)}") from error
     return maps
 
 
