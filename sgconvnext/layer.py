@@ -181,19 +181,19 @@ class _MultiScaleKernel(nn.Module):
         """The convolution with the taps of now. What was made last is taken if it was made from the same values.
 
         The values of parameters are compared, not versions or addresses, which weights written through ``.data`` leave
-        as they are; of the buffer that `reparameterize` made, which nothing trains, the version is enough. Only CPUs do
-        this (`runs_eagerly_on_cpu`): a GPU would have to be waited for.
+        as they are; of the buffer that `reparameterize` made, which nothing trains, the version is enough. A GPU would
+        have to be waited for, so only CPUs do this (`runs_eagerly_on_cpu`).
         """
-        fixed = self.taps is not None and not self.taps.is_inference()  # those have no version
+        version = None if self.taps is None or self.taps.is_inference() else self.taps._version
         sources = [self.weight, self.skip, self.kernel_norm] if self.taps is None else [self.taps]
         backend = choose_backend(x) if self.backend == "auto" else self.backend
         built = (self.length, getattr(self, "input_size", None), self.bidirectional)
-        options = (backend, self.decay, self.alpha, self.exponent, self.taps._version if fixed else None)
+        options = (backend, self.decay, self.alpha, self.exponent, version)
         key = (size, x.shape[-1], x.dtype, built, options, [(source.dtype, source.device) for source in sources])
         last = self._frozen
         if last is None or last.key != key or not all(map(_equal, last.sources, sources)):
             convolve = freeze(self._taps_for(size), x.shape[-1], x.dtype, backend)
-            kept = sources if fixed else [source.detach().clone() for source in sources]
+            kept = sources if version is not None else [source.detach().clone() for source in sources]
             self._frozen = last = _Frozen(key, kept, convolve)
         return last.convolve
 
