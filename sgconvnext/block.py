@@ -78,7 +78,7 @@ class SGConvNeXtBlock(nn.Module):
     @torch.jit.unused
     def _runs_triton(self, x: Tensor) -> bool:
         """Whether Triton runs the convolution; then it also runs the norm and the sum, which change the layout."""
-        if self.sgconv.backend != "triton" or not isinstance(x, Tensor) or self._is_hooked():
+        if getattr(self.sgconv, "backend", None) != "triton" or not isinstance(x, Tensor) or self._is_hooked():
             return False
         return "triton" in available_backends(x)
 

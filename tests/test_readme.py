@@ -65,7 +65,7 @@ def test_parameters_and_macs_that_are_printed_are_true(size: str) -> None:
     for table in (totals, parts):
         for row, cells in zip(table.rows, table.cells(), strict=True):
             true = dict(zip(table.columns, cells, strict=True))
-            heading = "executed" if table is totals else "stage"
+            heading = "executed" if table is totals else "MLP"
             [printed] = cells_of(row["model"], heading)
             assert printed == true
     for row in totals.rows:
