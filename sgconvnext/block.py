@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .layer import SGConv2d, runs_eagerly_on_cpu
 from .longconv import available_backends
+from .packed_mlp import PackedMlp, can_pack, pack
 
 PIECE = 512  # tokens whose hidden layer stays in a CPU's cache; measured with widths 96 to 768
 
@@ -43,6 +44,7 @@ class SGConvNeXtBlock(nn.Module):
         self.ls_init_value = ls_init_value
         self.gamma = nn.Parameter(torch.empty(channels, **dd)) if ls_init_value is not None else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self._packed: PackedMlp | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -66,9 +68,24 @@ class SGConvNeXtBlock(nn.Module):
     @torch.jit.unused
     def _works_in_pieces(self, x: Tensor) -> bool:
         """Whether a few tokens at a time keep the hidden layer, 4 times larger, in the cache, and no hook sees it."""
-        if not runs_eagerly_on_cpu(x) or x.shape[0] * x.shape[2] * x.shape[3] <= PIECE:
+        if not runs_eagerly_on_cpu(x) or x.numel() == 0 or self._is_hooked():
             return False
-        return not self._is_hooked()
+        return x.shape[0] * x.shape[2] * x.shape[3] > PIECE or self._packed_mlp(x) is not None
+
+    @torch.jit.unused
+    def _packed_mlp(self, x: Tensor) -> PackedMlp | None:
+        """The MLP with packed weights, for float32 on a CPU and a block that `reparameterize` fixed."""
+        if (
+            torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or x.dtype != torch.float32
+            or getattr(self.sgconv, "taps", None) is None
+            or not can_pack(self.mlp, self.gamma)
+        ):
+            return None
+        if self._packed is None or not self._packed.is_of(self.mlp, self.gamma):
+            self._packed = pack(self.mlp, self.gamma)
+        return self._packed
 
     @torch.jit.unused
     def _is_hooked(self) -> bool:
@@ -101,9 +118,18 @@ class SGConvNeXtBlock(nn.Module):
     @torch.jit.unused
     def _in_pieces(self, x: Tensor, y: Tensor) -> Tensor:
         """The block's output from x and y = SGConv2d(x) in (B, H, W, C)."""
-        mixed, shortcuts = y.flatten(0, 2).split(PIECE), x.permute(0, 2, 3, 1).flatten(0, 2).split(PIECE)
+        tokens = y.shape[:3].numel()
+        size = -(-tokens // -(-tokens // PIECE))  # of as many equal pieces as it takes
+        mixed, shortcuts = y.flatten(0, 2).split(size), x.permute(0, 2, 3, 1).flatten(0, 2).split(size)
         if isinstance(self.drop_path, DropPath) and self.training:  # it drops whole images
             branch = torch.cat([self._branch(piece) for piece in mixed]).view_as(y)
             return self.drop_path(branch.permute(0, 3, 1, 2)) + x
-        pieces = [self._branch(piece) + shortcut for piece, shortcut in zip(mixed, shortcuts, strict=True)]
-        return torch.cat(pieces).view_as(y).permute(0, 3, 1, 2)
+        packed = self._packed_mlp(x)
+        pieces = [
+            self._branch(piece) + shortcut if packed is None else packed(self.norm(piece), shortcut)
+            for piece, shortcut in zip(mixed, shortcuts, strict=True)
+        ]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view_as(y).permute(0, 3, 1, 2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None}  # copies make their own
