@@ -25,13 +25,17 @@ MIN_SIZE = 32  # pixels: one token is left in the last stage
 
 
 @register_notrace_function
-def checked_images(x: Tensor, in_chans: int, min_size: int = MIN_SIZE) -> Tensor:  # TorchScript sees no globals
-    """Refuse what no stage can take. A function, and public, because FX traces no branch and sees no private name."""
+def stem_input(x: Tensor, in_chans: int, min_size: int = MIN_SIZE) -> Tensor:  # TorchScript sees no globals
+    """Images as the stem takes them; refuse what no stage can take.
+
+    A function, and public, because FX traces no branch and sees no private name.
+    """
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(f"images are {x.shape}; this model takes (B, {in_chans}, H, W)")
     if min(x.shape[2], x.shape[3]) < min_size:
         raise ValueError(f"images are {x.shape[2]}x{x.shape[3]} pixels; resize them to at least {min_size}x{min_size}")
-    return x
+    # oneDNN's output then is in the layout of the norm that follows: for 8 images 1.6 ms instead of 8.4
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 class SGConvNeXtStage(nn.Module):
@@ -280,7 +284,7 @@ class SGConvNeXt(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r} is unknown; stage outputs are 'NCHW'")
         take, last = feature_take_indices(len(self.stages), indices)
-        x = self.stem(checked_images(x, self.in_chans))
+        x = self.stem(stem_input(x, self.in_chans))
         intermediates = []
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
@@ -304,7 +308,7 @@ class SGConvNeXt(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to the last stage's map (B, C, H/32, W/32)."""
-        return self.stages(self.stem(checked_images(x, self.in_chans)))
+        return self.stages(self.stem(stem_input(x, self.in_chans)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature map to logits, or to what the classifier sees."""

@@ -1,8 +1,10 @@
 """The block's MLP for inference on a CPU: weights laid out once for oneDNN, layer scale folded in, sum included."""
 
+import functools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
@@ -37,7 +39,7 @@ class PackedMlp(NamedTuple):
 
 def can_pack(mlp: nn.Module, gamma: Tensor | None) -> bool:
     """Whether `pack` takes them here: float32 on a CPU that has oneDNN, and nothing but two Linears and a GELU."""
-    plain = (
+    if not (
         type(mlp) is Mlp
         and type(mlp.fc1) is type(mlp.fc2) is nn.Linear
         and type(mlp.norm) is nn.Identity
@@ -46,13 +48,30 @@ def can_pack(mlp: nn.Module, gamma: Tensor | None) -> bool:
         and mlp.fc1.bias is not None
         and mlp.fc2.bias is not None
         and not mlp.training  # which might drop some
-    )
+    ):
+        return False
     # tensors made in inference mode do not tell when they are written to
-    return plain and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and all(
-        type(weight) is nn.Parameter
-        and (weight.dtype, weight.device.type, weight.is_inference()) == (torch.float32, "cpu", False)
-        for weight in _weights(mlp, gamma)
-    )
+    kinds = {
+        (type(weight), weight.dtype, weight.device.type, weight.is_inference()) for weight in _weights(mlp, gamma)
+    }
+    return kinds == {(nn.Parameter, torch.float32, "cpu", False)} and bool(torch.backends.mkldnn.enabled) and _works()
+
+
+@functools.cache
+def _works() -> bool:
+    """Whether the operators, which torch does not document, are there and do what they do in the torch we know."""
+    x, unit, bias = (make(2, device="cpu") for make in (torch.ones, torch.eye, torch.zeros))
+    try:
+        layer = (_laid_out(unit), bias)
+        got = PackedMlp([], [], layer, layer)(x[None], x[None])
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+    return torch.allclose(got, x + F.gelu(x))
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return result
 
 
 @torch.no_grad()
@@ -62,12 +81,11 @@ def pack(mlp: Mlp, gamma: Tensor | None) -> PackedMlp:
     if gamma is not None:
         weight, bias = weight * gamma[:, None], bias * gamma
     sources = _weights(mlp, gamma)
-    layout = torch.ops.mkldnn._reorder_linear_weight
     return PackedMlp(
         [source.detach() for source in sources],
         [source._version for source in sources],
-        (layout(mlp.fc1.weight.detach()), mlp.fc1.bias.detach()),
-        (layout(weight.detach()), bias.detach()),
+        (_laid_out(mlp.fc1.weight), mlp.fc1.bias.detach()),
+        (_laid_out(weight), bias.detach()),
     )
 
 

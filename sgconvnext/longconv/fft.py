@@ -11,7 +11,7 @@ from .precision import full_precision, without_autocast
 
 # Bytes of padded signals that are transformed at a time. On a CPU a piece and its spectrum should stay in the cache:
 # 32 images of tiny's first stage take 125 ms at once, 45 ms one by one. Elsewhere it only bounds the memory.
-CPU_PIECE, PIECE = 2**20, 2**28
+CPU_PIECE, PIECE = 2**21, 2**28
 
 
 def fft_length(length: int) -> int:

@@ -1,0 +1,174 @@
+"""The MLP with packed weights, as reparameterized blocks run it on CPUs, against the MLP as it is."""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
+
+import sgconvnext.profile  # noqa: F401  teaches the counter
+from sgconvnext import packed_mlp
+from sgconvnext.block import SGConvNeXtBlock
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+SHAPE = (2, 16, 6, 7)
+
+
+def fixed_block(ls_init_value: float | None = 0.5) -> SGConvNeXtBlock:
+    """A reparameterized block with random biases."""
+    block = SGConvNeXtBlock(16, SHAPE[2:], ls_init_value=ls_init_value)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    block.sgconv.reparameterize()
+    return block.eval()
+
+
+def branch(block: SGConvNeXtBlock, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return block(x) - x
+
+
+def exact(block: SGConvNeXtBlock, x: Tensor) -> Tensor:
+    """The same in float64, which is never packed."""
+    return branch(copy.deepcopy(block).double(), x.double())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("ls_init_value", [0.5, 1e-6, None])
+@pytest.mark.parametrize("images", [1, 2, 30])
+def test_packed_mlp_is_the_mlp(images: int, ls_init_value: float | None, layout: torch.memory_format) -> None:
+    block, x = fixed_block(ls_init_value), torch.randn(images, *SHAPE[1:]).to(memory_format=layout)
+    block(x)
+    assert block._packed is None  # gradients are asked for
+    if ls_init_value == 1e-6:  # or the sum would hide the branch
+        x = x * 1e-6
+    y = branch(block, x)
+    assert block._packed is not None
+    assert relative_error(y, exact(block, x)) <= 2e-6
+
+
+def test_no_image_is_no_output() -> None:
+    assert branch(fixed_block(), torch.randn(0, *SHAPE[1:])).shape == (0, *SHAPE[1:])
+
+
+def rounded_in_between(block: SGConvNeXtBlock) -> None:
+    block.half()
+    block.float()
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "hidden weight": lambda b: nn.init.normal_(b.mlp.fc1.weight),
+    "hidden bias": lambda b: nn.init.normal_(b.mlp.fc1.bias),
+    "weight": lambda b: nn.init.normal_(b.mlp.fc2.weight),
+    "bias": lambda b: nn.init.normal_(b.mlp.fc2.bias),
+    "layer scale": lambda b: nn.init.normal_(b.gamma),
+    "norm": lambda b: nn.init.normal_(b.norm.weight),
+    "data replaced": lambda b: setattr(b.mlp.fc2.weight, "data", torch.randn(16, 64)),
+    "parameter replaced": lambda b: setattr(b.mlp.fc1, "weight", nn.Parameter(torch.randn(64, 16))),
+    "layer scale taken away": lambda b: setattr(b, "gamma", None),
+    "loaded": lambda b: b.load_state_dict(fixed_block().state_dict()),
+    "loaded by assignment": lambda b: b.load_state_dict(fixed_block().state_dict(), assign=True),
+    "average": lambda b: torch._foreach_lerp_(list(b.parameters()), list(fixed_block().parameters()), 0.5),
+    "layer replaced": lambda b: setattr(b.mlp, "fc1", nn.Sequential(b.mlp.fc1, nn.Linear(64, 64))),
+    "GELU replaced": lambda b: setattr(b.mlp, "act", nn.ReLU()),
+    "GELU approximated": lambda b: setattr(b.mlp, "act", nn.Sequential(nn.GELU(), nn.Hardtanh())),
+    "hook": lambda b: b.mlp.fc1.register_forward_hook(lambda _, __, hidden: hidden * 2),
+    "parametrized": lambda b: parametrize.register_parametrization(b.mlp.fc1, "weight", nn.Tanh()),
+    "rounded in between": rounded_in_between,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_packed_weights_follow_every_change(change: Callable[[Any], object]) -> None:
+    block, x = fixed_block(), torch.randn(SHAPE)
+    before = branch(block, x)
+    assert block._packed is not None
+    with torch.no_grad():
+        change(block)
+    after = branch(block, x)
+    assert relative_error(after, exact(block, x)) <= 2e-6
+    assert relative_error(after, before) > 1e-5
+
+
+def test_memory_of_replaced_weights_is_not_taken_for_theirs() -> None:
+    """The allocator likes to give the same address again."""
+    block, x = fixed_block(), torch.randn(SHAPE)
+    branch(block, x)
+    for _ in range(20):
+        block.mlp.fc1.weight.data = torch.randn(64, 16)
+        assert relative_error(branch(block, x), exact(block, x)) <= 2e-6
+
+
+def run_with_dropout(block: SGConvNeXtBlock) -> None:
+    block.mlp.drop1.p = 0.5
+    block.mlp.train()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "dtype"),
+    [
+        (lambda block: None, torch.float64),
+        (lambda block: None, torch.bfloat16),
+        (run_with_dropout, torch.float32),
+        (lambda block: setattr(block.mlp, "norm", nn.LayerNorm(64)), torch.float32),
+        (lambda block: setattr(block.mlp.fc1, "bias", None), torch.float32),
+    ],
+    ids=["float64", "bfloat16", "dropout", "norm", "no bias"],
+)
+def test_what_the_operators_cannot_do_is_not_packed(
+    prepare: Callable[[SGConvNeXtBlock], object], dtype: torch.dtype
+) -> None:
+    block = fixed_block()
+    prepare(block)
+    assert branch(block.to(dtype), torch.randn(SHAPE, dtype=dtype)).isfinite().all()
+    assert block._packed is None
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # which that switch also sets
+def test_switches_are_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x = fixed_block(), torch.randn(SHAPE)
+    with torch.autocast("cpu", torch.bfloat16):
+        branch(block, x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        branch(block, x)
+    with torch.inference_mode():
+        made_in_inference_mode = fixed_block()
+    branch(made_in_inference_mode, x)
+    assert block._packed is made_in_inference_mode._packed is None
+
+
+def test_copies_pack_their_own() -> None:
+    block, x = fixed_block(), torch.randn(SHAPE)
+    want = branch(block, x)
+    copied = copy.deepcopy(block)
+    torch.save(block, saved := io.BytesIO())
+    saved.seek(0)
+    for other in (copied, torch.load(saved, weights_only=False)):
+        assert other._packed is None
+        assert torch.equal(branch(other, x), want)
+        assert other._packed is not None
+    assert not any("packed" in name for name in block.state_dict())
+
+
+def test_torch_counts_packed_products() -> None:
+    block, x = fixed_block(), torch.randn(SHAPE)
+    with FlopCounterMode(display=False) as plain:
+        block(x)
+    with FlopCounterMode(display=False) as packed:
+        branch(block, x)
+    assert block._packed is not None
+    assert packed.get_total_flops() == plain.get_total_flops() > 2 * 2 * SHAPE[2] * SHAPE[3] * SHAPE[0] * 16 * 64
+
+
+def test_torch_without_the_operators_runs_the_mlp_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_mlp, "_works", packed_mlp._works.__wrapped__)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, *_: x)  # another signature
+    block, x = fixed_block(), torch.randn(SHAPE)
+    assert relative_error(branch(block, x), exact(block, x)) <= 2e-6
+    assert block._packed is None
