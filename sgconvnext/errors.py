@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 
 class DataError(ValueError):
     """The data, found while reading it, cannot be trained on."""
@@ -22,3 +24,8 @@ class NonFiniteError(FloatingPointError):
 def one_line(error: BaseException) -> str:
     """The message without line breaks; the type's name where there is none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch ran out of memory; the CPU's allocator has no exception of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -17,7 +17,7 @@ from training_helpers import ROOT, environment
 
 from sgconvnext.longconv import BACKENDS
 from sgconvnext.profile import __main__ as main
-from sgconvnext.profile import ops, plot, throughput
+from sgconvnext.profile import flops, ops, plot, throughput
 from sgconvnext.profile.flops import UncountedError
 from sgconvnext.profile.timing import Timing
 from sgconvnext.profile.workload import DoesNotFitError, Workload
@@ -139,6 +139,32 @@ def test_group_that_does_not_fit_together_is_noted(
     [table] = json.loads(run("throughput", ATTO, "--img-size", 32, *BRIEF, "--json"))["tables"]
     assert "images/s" not in table["rows"][0]
     assert "out of memory" in table["notes"][-1]
+
+
+def test_layer_that_does_not_fit_is_noted_beside_the_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = ops.prepare
+
+    def out_of_memory(layer: ops.Layer) -> Any:
+        if layer.batch > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes")
+        return prepare(layer)
+
+    monkeypatch.setattr(ops, "prepare", out_of_memory)
+    [table] = json.loads(run("ops", "--shape", "4x3x3", "--batch", 1, 2, *BRIEF, "--json"))["tables"]
+    assert [row["batch"] for row in table["rows"]] == [1]
+    assert table["notes"][-1] == "inference of 2 x 4 x 3 x 3: out of memory; not timed."
+
+
+def test_commands_tell_memory_from_other_errors(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(message: str) -> None:
+        monkeypatch.setattr(flops, "tables", lambda *_: (_ for _ in ()).throw(RuntimeError(message)))
+
+    failing("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes")
+    with pytest.raises(SystemExit):
+        run("flops", ATTO)
+    failing("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"):  # a bug: its traceback is needed
+        run("flops", ATTO)
 
 
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler:UserWarning")

@@ -23,6 +23,7 @@ import torch
 import sgconvnext  # noqa: F401  registers the models with timm
 
 from .. import arguments, distributed, figure
+from ..errors import is_out_of_memory
 from ..registry import SIZES
 from . import flops, gpu, ops, plot, scaling, throughput
 from .gpu_plan import TIMED, Plan
@@ -47,8 +48,10 @@ def main() -> None:
             plot.draw(tables[0].rows, args.accuracies, args.plot)
     except (ValueError, OSError) as error:
         distributed.fail("sgconvnext.profile", error)
-    except RuntimeError as error:  # such as out of memory
-        distributed.fail("sgconvnext.profile", error)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        distributed.fail("sgconvnext.profile", RuntimeError("out of memory; lower --batch or --img-size"))
 
 
 def run_flops(args: argparse.Namespace) -> list[Table]:

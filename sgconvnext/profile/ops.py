@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import is_out_of_memory
 from ..kernel import lag_taps
 from ..layer import SGConv2d
 from ..longconv import BACKENDS, available_backends, choose_backend, long_conv
@@ -69,6 +70,10 @@ class Layer:
     device: str = "cpu"
     autocast: bool = True
 
+    def __str__(self) -> str:
+        channels, height, width = self.shape
+        return f"{self.mode} of {self.batch} x {channels} x {height} x {width}"
+
     @property
     def tensor_dtype(self) -> torch.dtype:
         """Of what the layer is given."""
@@ -84,10 +89,22 @@ def table(layers: Sequence[Layer], rounds: int, seconds: float) -> Table:
     """
     result = Table("The long convolution's backends and the 7x7 depthwise convolution", COLUMNS, notes=list(NOTES))
     for layer in layers:
+        found, note = _measured(layer, rounds, seconds)
+        result.rows += found
+        result.notes += note
+    return result
+
+
+def _measured(layer: Layer, rounds: int, seconds: float) -> tuple[list[dict[str, Any]], list[str]]:
+    """The row of a layer, or a note that the memory does not hold it."""
+    try:
         steps = prepare(layer)
         timings = interleave(list(steps.values()), torch.device(layer.device), rounds, seconds)
-        result.rows.append(row(layer, dict(zip(steps, timings, strict=True))))
-    return result
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return [], [f"{layer}: out of memory; not timed."]
+    return [row(layer, dict(zip(steps, timings, strict=True)))], []
 
 
 def prepare(layer: Layer) -> dict[str, Step]:

@@ -17,7 +17,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from .. import build
-from ..errors import one_line
+from ..errors import is_out_of_memory, one_line
 from .timing import Step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -130,8 +130,7 @@ def peak_memory(spec: str, work: Workload) -> int:
 
 def failure(spec: str, work: Workload, error: Exception) -> ValueError:
     """What an error of torch's means for the user."""
-    # the CPU's allocator has no exception of its own
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return DoesNotFitError(f"{spec}, {work}: out of memory")
     return ValueError(f"{spec}, {work}: {one_line(error)}")
 

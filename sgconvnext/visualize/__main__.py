@@ -16,6 +16,7 @@ from typing import Any
 import sgconvnext  # noqa: F401  registers the models with timm
 
 from .. import arguments, distributed, figure
+from ..errors import is_out_of_memory
 from . import features, kernels, pruning
 from .subject import Subject, load, untrained_convnext
 
@@ -29,8 +30,10 @@ def main() -> None:
         figure.save(args.draw(subject, args), out)
     except (ValueError, OSError) as error:
         distributed.fail("sgconvnext.visualize", error)
-    except RuntimeError as error:  # such as out of memory
-        distributed.fail("sgconvnext.visualize", error)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        distributed.fail("sgconvnext.visualize", RuntimeError("out of memory; use a smaller network or image"))
     sys.stdout.write(f"{out}: {args.command} of {subject.title}\n")
 
 
