@@ -78,6 +78,7 @@ class SGConvNeXtBlock(nn.Module):
         if (
             torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
+            or torch._C._are_functorch_transforms_active()  # which know nothing of oneDNN's operators
             or x.dtype != torch.float32
             or getattr(self.sgconv, "taps", None) is None
             or not can_pack(self.mlp, self.gamma)

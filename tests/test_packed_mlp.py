@@ -1,6 +1,7 @@
 """The MLP with packed weights, as reparameterized blocks run it on CPUs, against the MLP as it is."""
 
 import copy
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -140,6 +141,8 @@ def test_switches_are_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.inference_mode():
         made_in_inference_mode = fixed_block()
     branch(made_in_inference_mode, x)
+    want = branch(copy.deepcopy(block), x)
+    assert relative_error(torch.vmap(functools.partial(branch, block))(x[:, None])[:, 0], want) <= 2e-6
     assert block._packed is made_in_inference_mode._packed is None
 
 
