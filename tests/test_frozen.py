@@ -253,3 +253,12 @@ def test_reparameterized_model_in_half_precision(dtype: torch.dtype) -> None:
 def test_registered_model_is_reparameterized_by_name() -> None:
     model = reparameterize_model(timm.create_model("sgconvnext_atto", img_size=32))
     assert sum(isinstance(module, SGConv2d) and module.taps is not None for module in model.modules()) == 12
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # timm's pooling
+def test_models_that_infer_can_be_mapped() -> None:
+    """By torch.vmap, for which taps that are kept are a constant."""
+    x = images(3, 2, 3, 64, 64)
+    for model in (small_model(), reparameterize_model(small_model())):
+        with torch.no_grad():
+            assert relative_error(torch.vmap(model)(x), model(x.flatten(0, 1)).unflatten(0, (3, 2))) <= 1e-6
