@@ -182,7 +182,7 @@ def parse_args() -> argparse.Namespace:
 
     sub = commands.add_parser("gpu", help="what a GPU has to show, in parts of less than ten minutes")
     _add_output(sub)
-    parts = "1: rates, cuDNN's 7x7, exactness and speed of the backends; 3: models"
+    parts = "1: rates, cuDNN's 7x7, exactness and speed of the backends; 2: tiles of the Triton programs; 3: models"
     sub.add_argument("--part", type=int, choices=gpu.PARTS, required=True, help=parts)
     sub.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny", "large"], help="(tiny large)")
     _add_modes(sub, default=["inference", "training"])
