@@ -649,6 +649,9 @@ def test_without_a_gpu_one_line_says_so(run: Run, monkeypatch: pytest.MonkeyPatc
         (["--part", "1", "--backends", "reference"], ["--backends", "reference", "dft"]),
         (["--part", "1", "--deadline", "-1"], ["--deadline", "-1"]),
         (["--part", "1", "--out", "no/a.json"], ["--out", "no/a.json"]),
+        (["--part", "1", "--reparameterize"], ["--reparameterize", "--part 1", "--part 3"]),
+        (["--part", "2", "--reparameterize"], ["--reparameterize", "--part 2", "--part 3"]),
+        (["--part", "2", "--backends", "dft"], ["--backends", "--part 2", "--part 1 or 3"]),
     ],
 )
 def test_bad_arguments_end_with_one_line(run: Run, capsys: Any, arguments: list[str], words: list[str]) -> None:
@@ -686,7 +689,7 @@ def test_command_prints_its_tables_and_writes_them_as_json(
         assert (plan.sizes, plan.modes, plan.device) == (("tiny",), ("training",), "cuda")
         assert plan.backends == gpu.BACKENDS_OF[number]
         assert 70 < left <= 77
-    run("--part", 1, "--backends", "dft", "--reparameterize", "--out", tmp_path / "a.json")
+    run("--part", 3, "--backends", "dft", "--reparameterize", "--out", tmp_path / "a.json")
     assert asked[-1][0].reparameterize
     assert asked[-1][0].backends == ("dft",)
     assert asked[-1][0].sizes == ("tiny", "large")
@@ -695,7 +698,7 @@ def test_command_prints_its_tables_and_writes_them_as_json(
 
 def test_parts_end_within_nine_minutes_unless_asked_otherwise() -> None:
     assert gpu.DEADLINE_S == 9 * 60
-    assert set(gpu.BACKENDS_OF) == set(gpu.PARTS)
+    assert set(gpu.BACKENDS_OF) == set(gpu.FOREIGN) == set(gpu.PARTS)
     assert set(gpu.BACKENDS_OF[1]) == set(TIMED) == set(BACKENDS) - {"reference"}
     assert gpu.BACKENDS_OF[3]
 

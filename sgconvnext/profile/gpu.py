@@ -24,6 +24,7 @@ PARTS: dict[int, Callable[[Plan, Deadline], list[Table]]] = {
 }
 # in models those that use tensor cores: each one more is compiled twice per size, for minutes
 BACKENDS_OF = {1: TIMED, 2: ("triton",), 3: tuple(name for name in TIMED if name not in ("fft", "toeplitz"))}
+FOREIGN = {1: ("reparameterize",), 2: ("backends", "reparameterize"), 3: ()}  # options that a part does not have
 DEADLINE_S = 540.0  # of the ten minutes that a command may take
 
 
