@@ -30,14 +30,14 @@ OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 
 
 class Launches:
-    """Stands for a program and keeps what it is launched with."""
+    """Stands for a program and keeps what it is compiled with."""
 
     def __init__(self, program: Any) -> None:
         self.program = program
         self.found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
-    def __getitem__(self, grid: tuple[int]) -> Any:
-        return lambda *arguments, **options: self.found.append((self.program, arguments, options))
+    def warmup(self, *arguments: Any, grid: tuple[int], **options: Any) -> None:
+        self.found.append((self.program, arguments, options))
 
 
 def launch_of(operator: str, batch: int, length: int, causal: bool, dtype: str, tile: Tile) -> Any:

@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,15 @@ import pytest
 import torch
 from helpers import refused, relative_error
 from torch import Tensor
+from training_helpers import ROOT
 
-from sgconvnext.longconv import BACKENDS
+from sgconvnext.longconv import BACKENDS, triton_toeplitz
+from sgconvnext.longconv.tiles import Tile
 from sgconvnext.profile import __main__ as main
-from sgconvnext.profile import gpu, gpu_models, gpu_ops, ops, timing
+from sgconvnext.profile import gpu, gpu_models, gpu_ops, gpu_tiles, ops, timing
 from sgconvnext.profile.gpu_models import Variant
-from sgconvnext.profile.gpu_plan import TIMED, Deadline, Plan, Stage
+from sgconvnext.profile.gpu_plan import TIMED, Deadline, DeadlineError, Plan, Stage
+from sgconvnext.profile.gpu_tiles import Problem
 from sgconvnext.profile.table import Table
 from sgconvnext.profile.timing import Timing
 from sgconvnext.profile.workload import Workload
@@ -245,6 +251,241 @@ def test_sums_weigh_layers_by_their_blocks() -> None:
     assert gpu_ops.sums(PLAN, rows[:3]).rows == []
 
 
+SMALL, DEEP = Tile(16, 16, 16, 4, 2), Tile(16, 16, 32, 4, 2)
+CONV, DTAPS = Tile(32, 64, 64, 4, 2), Tile(64, 64, 32, 4, 3)  # what tiles.py chooses for a few short signals
+TILES_PLAN = replace(PLAN, forward_batch=17, backward_batch=18, rounds=1)
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The Triton programs in the interpreter, for two candidates of each operator."""
+    pytest.importorskip("triton")
+    if not triton_toeplitz._INTERPRETED:
+        pytest.skip("of the interpreter")
+    from sgconvnext.longconv import triton_programs
+
+    for operator in gpu_tiles.CANDIDATES:
+        monkeypatch.setitem(gpu_tiles.CANDIDATES, operator, (SMALL, DEEP))
+    return triton_programs
+
+
+def test_second_part_times_tiles_of_every_problem_once(programs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [Stage("atto", 1, 1, 5, 2), Stage("atto", 2, 2, 6, 2), Stage("femto", 1, 1, 5, 2)]  # the first again
+    monkeypatch.setattr(Plan, "stages", lambda self: stages)
+    monkeypatch.setattr(gpu_tiles, "SETS", 1)
+    deadline = Deadline(600)
+    tiles, winners = gpu_tiles.tables(TILES_PLAN, deadline)
+    assert deadline.notes() == []
+    problems = [
+        (operator, channels, length, batch)
+        for channels, length in ((1, 25), (2, 36))
+        for operator, batch in (("conv", 17), ("conv", 18), ("dtaps", 18))
+    ]
+    assert [tuple(row[name] for name in ("operator", "channels", "L", "batch")) for row in tiles.rows[::3]] == problems
+    for problem, row, *own in zip(
+        problems, winners.rows, tiles.rows[::3], tiles.rows[1::3], tiles.rows[2::3], strict=True
+    ):
+        chosen = CONV if problem[0] == "conv" else DTAPS
+        assert [tile["tile"] for tile in own] == [f"Tile{tuple(tile)}" for tile in (chosen, SMALL, DEEP)]
+        assert all(tile["ms"] > 0 and tile["error"] < 1e-2 for tile in own)
+        assert (own[0]["ratio"], own[0]["error"]) == (1, 0)
+        assert [tile["mark"] for tile in own].count("") == (2 if "fastest" in own[0]["mark"] else 1)
+        [best] = [tile for tile in own if "fastest" in tile["mark"]]
+        assert best["ratio"] == max(tile["ratio"] for tile in own) == row["ratio"]
+        assert (row["chosen"], row["fastest"], row["ms"]) == (own[0]["tile"], best["tile"], best["ms"])
+
+
+def changed(function: Callable[..., Tensor], results: dict[Tile, Callable[[Tensor], Tensor]]) -> Callable[..., Tensor]:
+    """A program whose result is another one for some tiles."""
+
+    def broken(*arguments: Any) -> Tensor:
+        result = function(*arguments)
+        return results[arguments[-1]](result) if arguments[-1] in results else result
+
+    return broken
+
+
+def too_large(result: Tensor) -> Tensor:
+    raise ValueError("out of resource:\nshared memory")
+
+
+@pytest.mark.parametrize(
+    ("operator", "fault", "mark"),
+    [
+        ("conv", too_large, "not timed"),
+        ("conv", lambda y: y * 1.02, "wrong"),
+        ("conv", lambda y: y * 1.003, ""),
+        ("conv", lambda y: y * math.nan, "wrong"),
+        ("conv", lambda y: torch.full_like(y, 1e-9), "wrong"),
+        ("dtaps", lambda dtaps: dtaps * 1.001, "wrong"),
+        ("dtaps", lambda dtaps: dtaps.flip(-1), "wrong"),
+    ],
+)
+def test_tile_that_fails_or_is_wrong_is_said_so_and_never_the_fastest(
+    operator: str, fault: Callable[[Tensor], Tensor], mark: str, programs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"conv": "convolve", "dtaps": "correlate"}[operator]
+    monkeypatch.setattr(programs, name, changed(getattr(programs, name), {SMALL: fault}))
+    monkeypatch.setattr(gpu_tiles, "interleave", lambda steps, *_: [faster(i + 1) for i in range(len(steps))])
+    problem, deadline = Problem(operator, 2, 25, 17), Deadline(600)
+    errors, timings = gpu_tiles.compare(TILES_PLAN, problem, deadline)
+    chosen, small, deep = gpu_tiles.rows(problem, errors, timings)
+    assert (chosen["mark"], small["mark"], deep["mark"]) == ("chosen", mark, "fastest")
+    assert ("ms" in small) == (mark == "")
+    assert deep["ms"] == pytest.approx(1000 / len(timings) / gpu_tiles.SETS)
+    winner = gpu_tiles.winner(problem, timings)
+    assert (winner["chosen"], winner["fastest"], winner["ratio"]) == (chosen["tile"], deep["tile"], len(timings))
+    macs = 2 * 4 * 16 * 16 * 32  # for 2 channels: by conv 2 x 2 tiles, by dtaps 1 + 2 + 1 of 3 diagonals
+    assert winner["TFLOP/s"] == pytest.approx(2 * macs / deep["ms"] / 1e9)
+    failed = f"Tile(16, 16, 16, 4, 2) in {operator} of 17 x 2 x 25 failed: out of resource: shared memory"
+    assert deadline.notes() == ([failed] if mark == "not timed" else [])
+
+
+def faster(factor: int) -> Timing:
+    return Timing([[1 / factor]], [[1.0]])
+
+
+def test_tile_that_writes_nothing_is_wrong(programs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it is given the memory that right results were in before."""
+    launches: set[tuple[Tile, int]] = set()
+    memory: list[Tensor] = []
+    real, poison = programs._launch, gpu_tiles.poison
+
+    def launch(*arguments: Any) -> None:
+        x, _, y = arguments[2]
+        launches.add((arguments[-1], x.data_ptr()))
+        if arguments[-1] == SMALL:
+            y.copy_(memory[-1])
+        else:
+            real(*arguments)
+            memory.append(y.clone())
+
+    def poisoned(like: Any) -> None:
+        poison(like)
+        memory.append(torch.full_like(like[0], torch.nan))
+
+    monkeypatch.setattr(programs, "_launch", launch)
+    monkeypatch.setattr(gpu_tiles, "poison", poisoned)
+    errors, timings = gpu_tiles.compare(TILES_PLAN, Problem("conv", 2, 25, 17), Deadline(600))
+    assert list(timings) == [CONV, DEEP]
+    assert not errors[SMALL] <= 5e-3
+    assert [tile for tile, _ in launches].count(DEEP) == gpu_tiles.SETS == 3  # inputs
+    assert [tile for tile, _ in launches].count(SMALL) == 1
+
+
+def test_problems_are_those_of_the_backend(programs: Any) -> None:
+    for problem in (Problem("conv", 2, 25, 17), Problem("dtaps", 2, 25, 17)):
+        inputs = problem.signals("cpu")
+        y, _, dtaps = gpu_ops._gradients(*inputs, "fft")
+        assert relative_error(problem.run(inputs, SMALL), y if problem.operator == "conv" else dtaps) < 5e-3
+
+
+def test_nothing_is_compared_with_a_chosen_tile_that_fails(programs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "convolve", changed(programs.convolve, {CONV: too_large}))
+    deadline = Deadline(600)
+    assert gpu_tiles.compare(TILES_PLAN, Problem("conv", 2, 25, 17), deadline) == ({}, {})
+    [note] = deadline.notes()
+    assert note.startswith("Tile(32, 64, 64, 4, 2) in conv of 17 x 2 x 25 failed: ")
+
+
+def test_second_part_says_what_it_did_not_reach(programs: Any) -> None:
+    found = gpu_tiles.tables(TILES_PLAN, deadline := Deadline(-1))
+    assert not any(table.rows for table in found)
+    [note] = deadline.notes()
+    assert "compiling all tiles at once; Tile(32, 64, 64, 4, 2) in conv of 17 x 40 x 64; " in note
+    assert note.endswith("; Tile(64, 64, 32, 4, 3) in dtaps of 18 x 320 x 1.")
+
+
+def test_tiles_that_there_was_no_time_for_are_said_not_to_be_timed(
+    programs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_late(*_: object) -> None:
+        raise DeadlineError
+
+    monkeypatch.setattr(gpu_tiles, "interleave", too_late)
+    monkeypatch.setattr(Plan, "stages", lambda self: [Stage("atto", 1, 2, 5, 2)])
+    tiles, winners = gpu_tiles.tables(replace(TILES_PLAN, modes=("inference",)), deadline := Deadline(600))
+    assert [row["mark"] for row in tiles.rows] == ["not timed"] * 3
+    assert winners.rows == []
+    assert deadline.notes() == ["Not reached before the deadline: timing conv of 17 x 2 x 25."]
+
+
+def test_tiles_that_are_compiled_stop_at_the_deadline(programs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(
+        Problem, "run", lambda self, inputs, tile: ran.append(inputs[0].device.type) or time.sleep(0.02)
+    )
+    found = [Problem("conv", channels, 9, 17) for channels in range(1, 3000)]
+    start = time.monotonic()
+    Deadline(0.3).run("compiling", lambda: gpu_tiles.compile_ahead(found))
+    assert time.monotonic() - start < 3
+    assert 1 < len(ran) < 3000
+    assert set(ran) == {"meta"}
+
+
+def test_candidates_are_tiles_that_the_programs_can_take() -> None:
+    for operator, tiles in gpu_tiles.CANDIDATES.items():
+        assert len(set(tiles)) == len(tiles)
+        for tile in tiles:
+            assert operator == "conv" or tile.rows <= tile.columns
+            assert all(size & (size - 1) == 0 for size in tile[:3])
+            assert 2 * tile.num_stages * tile.depth * (tile.rows + tile.columns) <= 227 * 1024
+    for problem in gpu_tiles.problems(Plan()):
+        tiles = problem.tiles()
+        assert tiles[0] == problem.chosen
+        assert len(set(tiles)) == len(tiles) >= 4
+        assert all(tile.columns < 2 * problem.length for tile in tiles)
+    wide = {tile[:3] for tile in Problem("conv", 96, 3136, 256).tiles()}
+    assert {(128, 256, 64), (256, 128, 64), (128, 128, 64), (128, 128, 32)} < wide
+    assert len(gpu_tiles.problems(Plan())) == 3 * 8
+    assert gpu_tiles.problems(Plan(sizes=("tiny", "small"))) == gpu_tiles.problems(Plan(sizes=("tiny",)))
+    assert {problem.operator for problem in gpu_tiles.problems(Plan(modes=("inference",)))} == {"conv"}
+
+
+def test_tiles_on_a_gpu_are_timed_as_replays_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            ran.append("replayed")
+
+    @contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        ran.append("begin")
+        yield
+        ran.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    step = gpu_tiles._step(Plan(device="cuda"), lambda: ran.append("ran"))
+    step()
+    step()
+    assert ran == ["begin", "ran", "end", "replayed", "replayed"]
+
+
+def test_launches_find_what_was_compiled_ahead(tmp_path: Path) -> None:
+    pytest.importorskip("triton.backends.nvidia", reason="needs triton, which brings NVIDIA's assembler")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, ROOT / "tests" / "compiled_ahead.py"],
+        env=environment | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    found = json.loads(process.stdout)
+    assert (found["ahead"], found["later"]) == (7, 0)  # the chosen tiles, two candidates of each, and one too large
+    assert found["launched"] == ["_convolve"] * 9 + ["_correlate"] * 9
+    assert "shared memory" in found["refusal"]
+
+
+def test_second_part_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_toeplitz, "_INSTALLED", False)
+    with refused("triton", "not installed"):
+        gpu_tiles.tables(TILES_PLAN, Deadline(60))
+
+
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """An allocator whose peak over what was there before grows by 1 GiB with every model; and no compiler."""
@@ -408,6 +649,9 @@ def test_without_a_gpu_one_line_says_so(run: Run, monkeypatch: pytest.MonkeyPatc
         (["--part", "1", "--backends", "reference"], ["--backends", "reference", "dft"]),
         (["--part", "1", "--deadline", "-1"], ["--deadline", "-1"]),
         (["--part", "1", "--out", "no/a.json"], ["--out", "no/a.json"]),
+        (["--part", "1", "--reparameterize"], ["--reparameterize", "--part 1", "--part 3"]),
+        (["--part", "2", "--reparameterize"], ["--reparameterize", "--part 2", "--part 3"]),
+        (["--part", "2", "--backends", "dft"], ["--backends", "--part 2", "--part 1 or 3"]),
     ],
 )
 def test_bad_arguments_end_with_one_line(run: Run, capsys: Any, arguments: list[str], words: list[str]) -> None:
@@ -445,7 +689,7 @@ def test_command_prints_its_tables_and_writes_them_as_json(
         assert (plan.sizes, plan.modes, plan.device) == (("tiny",), ("training",), "cuda")
         assert plan.backends == gpu.BACKENDS_OF[number]
         assert 70 < left <= 77
-    run("--part", 1, "--backends", "dft", "--reparameterize", "--out", tmp_path / "a.json")
+    run("--part", 3, "--backends", "dft", "--reparameterize", "--out", tmp_path / "a.json")
     assert asked[-1][0].reparameterize
     assert asked[-1][0].backends == ("dft",)
     assert asked[-1][0].sizes == ("tiny", "large")
@@ -454,7 +698,7 @@ def test_command_prints_its_tables_and_writes_them_as_json(
 
 def test_parts_end_within_nine_minutes_unless_asked_otherwise() -> None:
     assert gpu.DEADLINE_S == 9 * 60
-    assert set(gpu.BACKENDS_OF) == set(gpu.PARTS)
+    assert set(gpu.BACKENDS_OF) == set(gpu.FOREIGN) == set(gpu.PARTS)
     assert set(gpu.BACKENDS_OF[1]) == set(TIMED) == set(BACKENDS) - {"reference"}
     assert gpu.BACKENDS_OF[3]
 

@@ -36,7 +36,7 @@ CONV_TILES = (  # images x outputs, inputs in a step
     (ANY, 1024, Tile(128, 128, 64, 8, 3)),
     (ANY, ANY, Tile(128, 256, 64, 8, 3)),
 )
-DTAPS_TILES = (  # outputs x inputs, images in a step
+DTAPS_TILES = (  # outputs x inputs, images in a step; no more outputs than inputs
     (32, 256, Tile(64, 64, 32, 4, 3)),
     (32, ANY, Tile(128, 128, 32, 8, 3)),
     (ANY, 256, Tile(64, 64, 64, 4, 3)),
@@ -70,9 +70,12 @@ def lag_windows(length: int, first_lag: int, tile: Tile) -> tuple[int, int]:
     return first, ceil_div(last_row, tile.columns) + 1 - first
 
 
-def conv_macs(batch: int, channels: int, length: int, first_lag: int, last_lag: int) -> int:
-    """Multiply-adds of a convolution by taps for those lags, with what fills tiles up to their size."""
-    tile = conv_tile(batch, length)
+def conv_macs(batch: int, channels: int, length: int, first_lag: int, last_lag: int, tile: Tile | None = None) -> int:
+    """Multiply-adds of a convolution by taps for those lags, with what fills tiles up to their size.
+
+    The tile is that of `conv_tile` unless another is given.
+    """
+    tile = tile or conv_tile(batch, length)
     steps = 0
     for t0 in range(0, length, tile.columns):
         begin = max(t0 - last_lag, 0) // tile.depth * tile.depth
@@ -81,9 +84,12 @@ def conv_macs(batch: int, channels: int, length: int, first_lag: int, last_lag: 
     return channels * ceil_div(batch, tile.rows) * steps * tile.macs
 
 
-def dtaps_macs(batch: int, channels: int, length: int, first_lag: int) -> int:
-    """Multiply-adds of the gradient of taps for the lags first_lag .. L-1, with what fills tiles up to their size."""
-    tile = dtaps_tile(batch, length)
+def dtaps_macs(batch: int, channels: int, length: int, first_lag: int, tile: Tile | None = None) -> int:
+    """Multiply-adds of the gradient of taps for the lags first_lag .. L-1, with what fills tiles up to their size.
+
+    The tile is that of `dtaps_tile` unless another is given.
+    """
+    tile = tile or dtaps_tile(batch, length)
     first, count = lag_windows(length, first_lag, tile)
     steps = 0
     for q in range(first, first + count):

@@ -1,9 +1,10 @@
 """The GPU programs of the "triton" backend, and how they are launched. Imports triton, so import it only to run them.
 
 One program computes one tile of one channel's matrix product; tiles.py has the sizes. Under TRITON_INTERPRET=1 the
-same programs run on the CPU, slowly, for tests.
+same programs run on the CPU, slowly, for tests. For tensors on the meta device they are compiled and not run.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -151,7 +152,8 @@ def correlate(x: Tensor, dy: Tensor, first_lag: int, tile: Tile) -> Tensor:
     Args:
         x, dy: signals (B, C, L).
         first_lag: -(L-1), or 0 for a causal kernel.
-        tile: outputs x inputs, in steps of images.
+        tile: outputs x inputs, in steps of images; no more outputs than inputs, or its diagonals would reach into a
+            third window.
 
     Returns:
         (C, L - first_lag) in float32, for the lags first_lag .. L-1.
@@ -190,9 +192,11 @@ def _launch(program: Any, count: int, tensors: tuple[Tensor, ...], sizes: dict[s
     batch, channels, length = tensors[0].shape
     if count == 0:
         return
+    grid = (count,)
+    launch = functools.partial(program.warmup, grid=grid) if tensors[0].is_meta else program[grid]
     try:
         with torch.cuda.device_of(tensors[0]):
-            program[(count,)](
+            launch(
                 *tensors,
                 batch,
                 C=channels,

@@ -85,6 +85,12 @@ def run_scaling(args: argparse.Namespace) -> list[Table]:
 
 
 def run_gpu(args: argparse.Namespace) -> list[Table]:
+    for name in gpu.FOREIGN[args.part]:
+        if getattr(args, name):
+            parts = " or ".join(str(part) for part, names in gpu.FOREIGN.items() if name not in names)
+            raise ValueError(
+                f"--{name} does nothing in --part {args.part}; leave it out, or use it with --part {parts}"
+            )
     args.out = args.out or Path(f"gpu_part{args.part}.json")
     if not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
@@ -182,11 +188,15 @@ def parse_args() -> argparse.Namespace:
 
     sub = commands.add_parser("gpu", help="what a GPU has to show, in parts of less than ten minutes")
     _add_output(sub)
-    parts = "1: rates, cuDNN's 7x7, exactness and speed of the backends; 3: models"
+    parts = "1: rates, cuDNN's 7x7, exactness and speed of the backends; 2: tiles of the Triton programs; 3: models"
     sub.add_argument("--part", type=int, choices=gpu.PARTS, required=True, help=parts)
     sub.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny", "large"], help="(tiny large)")
     _add_modes(sub, default=["inference", "training"])
-    defaults = "; ".join(f"part {part}: {' '.join(names)}" for part, names in gpu.BACKENDS_OF.items())
+    defaults = "; ".join(
+        f"part {part}: {' '.join(names)}"
+        for part, names in gpu.BACKENDS_OF.items()
+        if "backends" not in gpu.FOREIGN[part]
+    )
     sub.add_argument("--backends", nargs="+", choices=TIMED, help=f"({defaults})")
     sub.add_argument("--reparameterize", action="store_true", help="part 3: fix the taps of models that infer")
     sub.add_argument(

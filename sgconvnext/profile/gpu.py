@@ -1,6 +1,7 @@
 """The GPU plan: what is to be measured on a device once one is there, in parts that fit ten minutes each.
 
     python -m sgconvnext.profile gpu --part 1      rates, cuDNN's 7x7, exactness and speed of the backends
+    python -m sgconvnext.profile gpu --part 2      which tiles the Triton programs are fastest with
     python -m sgconvnext.profile gpu --part 3      SGConvNeXt against ConvNeXt
 
 Every part prints tables and writes them with all rounds as JSON. It ends before its deadline, and says what it did not
@@ -12,13 +13,18 @@ import importlib.util
 import subprocess
 from collections.abc import Callable
 
-from . import gpu_models, gpu_ops
+from . import gpu_models, gpu_ops, gpu_tiles
 from .gpu_plan import TIMED, Deadline, Plan
 from .table import Table
 
-PARTS: dict[int, Callable[[Plan, Deadline], list[Table]]] = {1: gpu_ops.tables, 3: gpu_models.tables}
+PARTS: dict[int, Callable[[Plan, Deadline], list[Table]]] = {
+    1: gpu_ops.tables,
+    2: gpu_tiles.tables,
+    3: gpu_models.tables,
+}
 # in models those that use tensor cores: each one more is compiled twice per size, for minutes
-BACKENDS_OF = {1: TIMED, 3: tuple(name for name in TIMED if name not in ("fft", "toeplitz"))}
+BACKENDS_OF = {1: TIMED, 2: ("triton",), 3: tuple(name for name in TIMED if name not in ("fft", "toeplitz"))}
+FOREIGN = {1: ("reparameterize",), 2: ("backends", "reparameterize"), 3: ()}  # options that a part does not have
 DEADLINE_S = 540.0  # of the ten minutes that a command may take
 
 

@@ -142,7 +142,7 @@ def _exactness_table() -> Table:
     )
 
 
-def _relative_error(got: Tensor, want: Tensor) -> float:
+def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
@@ -153,14 +153,14 @@ def _gradients(x: Tensor, taps: Tensor, dy: Tensor, backend: str) -> list[Tensor
     return [y.detach(), *torch.autograd.grad(y, [x, taps], dy)]
 
 
-def _signals(shape: tuple[int, int, int], device: str) -> tuple[Tensor, Tensor, Tensor]:
+def signals(shape: tuple[int, int, int], device: str) -> tuple[Tensor, Tensor, Tensor]:
     """x and dy (B, C, L) in bfloat16, taps (C, 2L-1) in float32."""
     _, channels, length = shape
     x, dy = (torch.randn(shape, device=device).bfloat16() for _ in range(2))
     return x, torch.randn(channels, 2 * length - 1, device=device), dy
 
 
-def _poison(like: Sequence[Tensor]) -> None:
+def poison(like: Sequence[Tensor]) -> None:
     """Leave NaN in the memory that the next tensors of these sizes get."""
     held = [torch.full_like(tensor, torch.nan) for tensor in like for _ in range(2)]
     del held
@@ -172,15 +172,15 @@ def exactness(plan: Plan, stage: Stage, backend: str) -> dict[str, Any]:
     length = stage.side**2
     worst, again = dict.fromkeys(bounds, 0.0), True
     for batch in plan.check_batches:
-        x, taps, dy = _signals((batch, stage.channels, length), plan.device)
+        x, taps, dy = signals((batch, stage.channels, length), plan.device)
         want = _gradients(x.double(), taps.double(), dy.double(), "fft")
         runs = []
         for _ in range(2):
-            _poison([x, dy, taps])
+            poison([x, dy, taps])
             runs.append(_gradients(x, taps, dy, backend))
         again = again and all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
         for name, got, exact in zip(bounds, runs[0], want, strict=True):
-            error = _relative_error(got, exact)
+            error = relative_error(got, exact)
             worst[name] = max(worst[name], error if error == error else torch.inf)  # max() would drop a NaN
     right = again and all(worst[name] <= bound for name, bound in bounds.items())
     return {
@@ -201,9 +201,9 @@ def exactness(plan: Plan, stage: Stage, backend: str) -> dict[str, Any]:
 def _truth(plan: Plan) -> dict[str, Any]:
     """The float64 FFT on this device against the definition, on two channels of the longest signals."""
     length = plan.stages()[0].side ** 2
-    x, taps, dy = (tensor.double() for tensor in _signals((2, 2, length), plan.device))
+    x, taps, dy = (tensor.double() for tensor in signals((2, 2, length), plan.device))
     got, want = (_gradients(x, taps, dy, backend) for backend in ("fft", "reference"))
-    errors = dict(zip(BOUNDS, map(_relative_error, got, want), strict=True))
+    errors = dict(zip(BOUNDS, map(relative_error, got, want), strict=True))
     return {
         "L": length,
         "channels": 2,
