@@ -110,7 +110,9 @@ def _depthwise(plan: Plan, stage: Stage, layout: str) -> dict[str, Any]:
     row: dict[str, Any] = {"size": stage.size, "stage": stage.number, "channels": channels, "map": f"{side}x{side}"}
     row["layout"] = layout
     batches = (plan.forward_batch, plan.backward_batch, plan.backward_batch)
-    for name, batch, timing in zip(("forward", "dgrad", "wgrad"), batches, timings, strict=True):
+    names = ("forward", "dgrad", "wgrad")
+    row["seconds"] = {name: timing.by_round for name, timing in zip(names, timings, strict=True)}
+    for name, batch, timing in zip(names, batches, timings, strict=True):
         row[f"{name} ms"] = 1e3 * timing.median
         row[f"{name} ps/sample"] = 1e12 * timing.median / (batch * channels * side**2)
     return row

@@ -181,4 +181,5 @@ def row(layer: Layer, timings: dict[str, Timing]) -> dict[str, Any]:
         "auto": chosen,
         "fastest": fastest,
         "right": "yes" if right else "no",
+        "seconds": {name: timing.by_round for name, timing in timings.items()},
     }
