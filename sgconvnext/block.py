@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from .layer import SGConv2d, runs_eagerly_on_cpu
 from .longconv import available_backends
 from .packed_mlp import PackedMlp, can_pack, pack
 
-PIECE = 1024  # tokens whose hidden layer stays in a CPU's cache; measured with widths 96 to 768
+PIECE_TOKENS = 1024  # tokens whose hidden layer stays in a CPU's cache; measured with widths 96 to 768
 
 
 class SGConvNeXtBlock(nn.Module):
@@ -70,7 +72,7 @@ class SGConvNeXtBlock(nn.Module):
         """Whether a few tokens at a time keep the hidden layer, 4 times larger, in the cache, and no hook sees it."""
         if not runs_eagerly_on_cpu(x) or x.numel() == 0 or self._is_hooked():
             return False
-        return x.shape[0] * x.shape[2] * x.shape[3] > PIECE or self._packed_mlp(x) is not None
+        return x.shape[0] * x.shape[2] * x.shape[3] > PIECE_TOKENS or self._packed_mlp(x) is not None
 
     @torch.jit.unused
     def _packed_mlp(self, x: Tensor) -> PackedMlp | None:
@@ -78,7 +80,9 @@ class SGConvNeXtBlock(nn.Module):
         if (
             torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
-            or torch._C._are_functorch_transforms_active()  # which know nothing of oneDNN's operators
+            # which know nothing of oneDNN's operators, as forward-mode differentiation does not
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
             or x.dtype != torch.float32
             or getattr(self.sgconv, "taps", None) is None
             or not can_pack(self.mlp, self.gamma)
@@ -90,13 +94,24 @@ class SGConvNeXtBlock(nn.Module):
 
     @torch.jit.unused
     def _is_hooked(self) -> bool:
+        """Whether somebody watches or replaces what a module inside does: by a hook, or a forward of its own."""
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        return any(getattr(module, kind) for module in self.modules() for kind in kinds)
+        return _has_any_global_hook() or any(
+            "forward" in vars(module) or any(getattr(module, kind) for kind in kinds) for module in self.modules()
+        )
+
+    @torch.jit.unused
+    def _drops(self) -> bool:
+        """Whether drop path, or what was put in its place, does anything now."""
+        idle = type(self.drop_path) is DropPath and not self.drop_path.training
+        return not (idle or type(self.drop_path) is nn.Identity)
 
     @torch.jit.unused
     def _runs_triton(self, x: Tensor) -> bool:
         """Whether Triton runs the convolution; then it also runs the norm and the sum, which change the layout."""
         if getattr(self.sgconv, "backend", None) != "triton" or not isinstance(x, Tensor) or self._is_hooked():
+            return False
+        if type(self.norm) is not LayerNorm or type(self.drop_path) not in (DropPath, nn.Identity):
             return False
         return "triton" in available_backends(x)
 
@@ -108,7 +123,7 @@ class SGConvNeXtBlock(nn.Module):
         mixed, norm = self.sgconv(x).flatten(2), self.norm
         tokens = triton_block.layer_norm_channels_last(mixed, norm.weight, norm.bias, norm.eps)
         keep = None
-        if isinstance(self.drop_path, DropPath) and self.training:
+        if isinstance(self.drop_path, DropPath) and self.drop_path.training:
             kept = 1 - self.drop_path.drop_prob
             keep = torch.empty(x.shape[0], device=x.device).bernoulli_(kept)
             if kept > 0 and self.drop_path.scale_by_keep:
@@ -120,9 +135,9 @@ class SGConvNeXtBlock(nn.Module):
     def _in_pieces(self, x: Tensor, y: Tensor) -> Tensor:
         """The block's output from x and y = SGConv2d(x) in (B, H, W, C)."""
         tokens = y.shape[:3].numel()
-        size = -(-tokens // -(-tokens // PIECE))  # of as many equal pieces as it takes
+        size = -(-tokens // -(-tokens // PIECE_TOKENS))  # of as many equal pieces as it takes
         mixed, shortcuts = y.flatten(0, 2).split(size), x.permute(0, 2, 3, 1).flatten(0, 2).split(size)
-        if isinstance(self.drop_path, DropPath) and self.training:  # it drops whole images
+        if self._drops():  # whole images
             branch = torch.cat([self._branch(piece) for piece in mixed]).view_as(y)
             return self.drop_path(branch.permute(0, 3, 1, 2)) + x
         packed = self._packed_mlp(x)
@@ -131,6 +146,10 @@ class SGConvNeXtBlock(nn.Module):
             for piece, shortcut in zip(mixed, shortcuts, strict=True)
         ]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view_as(y).permute(0, 3, 1, 2)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._packed = None  # of another device or dtype it would only take memory
+        return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": None}  # copies make their own

@@ -31,10 +31,6 @@ def runs_eagerly_on_cpu(x: Tensor) -> bool:
     return type(x) is Tensor and x.device.type == "cpu" and not building
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or torch.equal(a, b)
-
-
 class _Frozen(NamedTuple):
     """A convolution with fixed taps, what it was made for, and the values of the tensors that it was made from."""
 
@@ -111,7 +107,7 @@ class _MultiScaleKernel(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw ``weight`` and ``skip`` anew and fix ``kernel_norm``, so that every kernel has L2 norm 1."""
-        self._check_parameters("be initialised")
+        self.check_parameters("be initialised")
         with torch.no_grad():
             if self.init == "normal":
                 self.weight.normal_()
@@ -120,7 +116,8 @@ class _MultiScaleKernel(nn.Module):
             self.skip.normal_()
             self.kernel_norm.copy_(self._norm())
 
-    def _check_parameters(self, purpose: str) -> None:
+    def check_parameters(self, purpose: str) -> None:
+        """Refuse what a reparameterized layer cannot do."""
         if self.taps is not None:
             raise ValueError(
                 f"this {type(self).__name__} is reparameterized, without parameters: it cannot {purpose}; build the "
@@ -160,7 +157,7 @@ class _MultiScaleKernel(nn.Module):
             ValueError: the layer is reparameterized.
         """
         if not torch.jit.is_scripting():
-            self._check_parameters("give its kernel without the skip")
+            self.check_parameters("give its kernel without the skip")
         return self._multiscale(self.weight, self.alpha) / self.kernel_norm
 
     def built_taps(self) -> Tensor:
@@ -173,6 +170,9 @@ class _MultiScaleKernel(nn.Module):
     @torch.jit.unused
     def _convolve(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         """x (B, C, L) with the taps for a size."""
+        if torch._C._are_functorch_transforms_active() and self.backend in ("auto", "fft"):
+            # they see through plain operators only, and what they pass in must not be kept
+            return plain_long_conv(x, self._taps_for(size))
         if self.training or torch.is_grad_enabled() or not runs_eagerly_on_cpu(x) or len(self._groups()) > 1:
             return long_conv(x, self._taps_for(size), self.backend)
         return self._freeze(x, size)(x)
@@ -181,19 +181,23 @@ class _MultiScaleKernel(nn.Module):
         """The convolution with the taps of now. What was made last is taken if it was made from the same values.
 
         The values of parameters are compared, not versions or addresses, which weights written through ``.data`` leave
-        as they are; of the buffer that `reparameterize` made, which nothing trains, the version is enough. A GPU would
-        have to be waited for, so only CPUs do this (`runs_eagerly_on_cpu`).
+        as they are; of the buffer that `reparameterize` made, which nothing trains, version and address are enough. A
+        GPU would have to be waited for, so only CPUs do this (`runs_eagerly_on_cpu`).
         """
-        version = None if self.taps is None or self.taps.is_inference() else self.taps._version
-        sources = [self.weight, self.skip, self.kernel_norm] if self.taps is None else [self.taps]
+        taps = self.taps
+        fixed = taps is not None and not taps.is_inference()  # or it does not tell when it is written to
+        sources = [self.weight, self.skip, self.kernel_norm] if taps is None else [taps]
+        written = [(source._version, source.data_ptr(), source.stride()) for source in sources] if fixed else []
+        kinds = [(source.dtype, source.device, source.shape) for source in sources]
         backend = choose_backend(x) if self.backend == "auto" else self.backend
         built = (self.length, getattr(self, "input_size", None), self.bidirectional)
-        options = (backend, self.decay, self.alpha, self.exponent, version)
-        key = (size, x.shape[-1], x.dtype, built, options, [(source.dtype, source.device) for source in sources])
+        options = (backend, self.decay, self.alpha, self.exponent)
+        key = (size, x.shape[-1], x.dtype, built, options, kinds, written)
         last = self._frozen
-        if last is None or last.key != key or not all(map(_equal, last.sources, sources)):
+        if last is None or last.key != key or not (fixed or all(map(torch.equal, last.sources, sources))):
+            # before they are used, as another thread may write to them; an alias keeps the address from being reused
+            kept = [source.detach() if fixed else source.detach().clone() for source in sources]
             convolve = freeze(self._taps_for(size), x.shape[-1], x.dtype, backend)
-            kept = sources if version is not None else [source.detach().clone() for source in sources]
             self._frozen = last = _Frozen(key, kept, convolve)
         return last.convolve
 
@@ -215,7 +219,7 @@ class _MultiScaleKernel(nn.Module):
     def train(self, mode: bool = True) -> Any:
         """As of any module; a reparameterized layer refuses to train."""
         if mode:
-            self._check_parameters("train")
+            self.check_parameters("train")
             self._frozen = None  # which takes memory
         return super().train(mode)
 
@@ -232,6 +236,10 @@ class _MultiScaleKernel(nn.Module):
             errors.append(f"{prefix[:-1]}: the {sides}; {cure}")
         else:
             super()._load_from_state_dict(state, prefix, *args)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._frozen = None  # of another device or dtype it would only take memory
+        return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_frozen": None}  # copies make their own
@@ -525,7 +533,7 @@ class SGConv2d(_MultiScaleKernel):
         it before the optimiser is made: the parameters are new ones.
         """
         height, width = _map_size(input_size)
-        self._check_parameters("be rebuilt for another input size")
+        self.check_parameters("be rebuilt for another input size")
         _, num_scales, _, scale_dim = self.weight.shape
         before = self._norm()
         self.length = height * width

@@ -225,6 +225,15 @@ class SGConvNeXt(nn.Module):
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
+    @torch.jit.unused
+    def train(self, mode: bool = True) -> Any:
+        """As of any module; if a layer is reparameterized, refuse before any is changed."""
+        if mode:
+            for module in self.modules():
+                if isinstance(module, SGConv2d):
+                    module.check_parameters("train")
+        return super().train(mode)
+
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Rebuild every kernel for another image size; see `SGConv2d.set_input_size`."""
@@ -239,6 +248,7 @@ class SGConvNeXt(nn.Module):
         rows, stage = [], None  # type: list[str], Any
         for stage, (height, width) in zip(self.stages, _stage_grids(img_size), strict=False):
             layer = stage.blocks[0].sgconv
+            layer.check_parameters("tell what its kernels were built with")
             built = "x".join(map(str, layer.input_size))
             directions, scales, _, taps = layer.weight.shape
             rows.append(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class PackedMlp(NamedTuple):
@@ -29,10 +30,11 @@ class PackedMlp(NamedTuple):
         return result
 
     def is_of(self, mlp: Mlp, gamma: Tensor | None) -> bool:
-        """Whether it was made of these weights and nothing wrote to them since (other than through ``.data``)."""
+        """Whether it was made of these weights and nothing wrote to them since but through ``.data`` or NumPy."""
         sources = _weights(mlp, gamma)
         return len(sources) == len(self.sources) and all(
-            now.data_ptr() == then.data_ptr() and now._version == version
+            (now.data_ptr(), now.shape, now.stride(), now._version)
+            == (then.data_ptr(), then.shape, then.stride(), version)
             for now, then, version in zip(sources, self.sources, self.versions, strict=True)
         )
 
@@ -47,7 +49,7 @@ def can_pack(mlp: nn.Module, gamma: Tensor | None) -> bool:
         and mlp.act.approximate == "none"
         and mlp.fc1.bias is not None
         and mlp.fc2.bias is not None
-        and not mlp.training  # which might drop some
+        and all(type(drop) is nn.Dropout and not drop.training for drop in (mlp.drop1, mlp.drop2))
     ):
         return False
     # tensors made in inference mode do not tell when they are written to
@@ -60,13 +62,14 @@ def can_pack(mlp: nn.Module, gamma: Tensor | None) -> bool:
 @functools.cache
 def _works() -> bool:
     """Whether the operators, which torch does not document, are there and do what they do in the torch we know."""
-    x, unit, bias = (make(2, device="cpu") for make in (torch.ones, torch.eye, torch.zeros))
-    try:
-        layer = (_laid_out(unit), bias)
-        got = PackedMlp([], [], layer, layer)(x[None], x[None])
-    except (AttributeError, TypeError, RuntimeError):
-        return False
-    return torch.allclose(got, x + F.gelu(x))
+    with _disable_current_modes():  # a counter of FLOPs, say
+        x, unit, bias = (make(2, device="cpu", dtype=torch.float32) for make in (torch.ones, torch.eye, torch.zeros))
+        try:
+            layer = (_laid_out(unit), bias)
+            got = PackedMlp([], [], layer, layer)(x[None], x[None])
+        except (AttributeError, TypeError, RuntimeError):
+            return False
+        return torch.allclose(got, x + F.gelu(x))
 
 
 def _laid_out(weight: Tensor) -> Tensor:
@@ -77,13 +80,14 @@ def _laid_out(weight: Tensor) -> Tensor:
 @torch.no_grad()
 def pack(mlp: Mlp, gamma: Tensor | None) -> PackedMlp:
     """Lay out the weights of an MLP that `can_pack`; they take as much memory again."""
+    sources = _weights(mlp, gamma)
+    versions = [source._version for source in sources]  # before they are used: another thread may write to them
     weight, bias = mlp.fc2.weight, mlp.fc2.bias
     if gamma is not None:
         weight, bias = weight * gamma[:, None], bias * gamma
-    sources = _weights(mlp, gamma)
     return PackedMlp(
         [source.detach() for source in sources],
-        [source._version for source in sources],
+        versions,
         (_laid_out(mlp.fc1.weight), mlp.fc1.bias.detach()),
         (_laid_out(weight), bias.detach()),
     )

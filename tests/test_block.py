@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import relative_error
+from timm.layers import DropPath
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from sgconvnext import block
 from sgconvnext.block import SGConvNeXtBlock
@@ -17,7 +19,7 @@ SHAPE = (3, 8, 10, 7)  # 210 tokens
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block, "PIECE", 64)  # four pieces, which 210 does not divide into
+    monkeypatch.setattr(block, "PIECE_TOKENS", 64)  # four pieces, which 210 does not divide into
 
 
 def whole(module: SGConvNeXtBlock, *arguments: Any) -> Any:
@@ -81,6 +83,15 @@ def test_pieces_drop_whole_images(pieces: list[torch.Size]) -> None:
     assert set(kept.tolist()) == {0.0, 1.0}
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_pieces_go_through_another_drop_path(training: bool) -> None:
+    module, x = SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0).train(training), torch.randn(SHAPE)
+    module.drop_path = StochasticDepth(1.0, "row").train(training)
+    assert (relative_error(module(x), x) == 0) == training
+    module.drop_path = DropPath(1 - 1e-9).train(not training)  # as where the whole is
+    assert (relative_error(module(x), x) == 0) == (not training)
+
+
 def test_hook_sees_the_whole_map(pieces: list[torch.Size]) -> None:
     module, seen = SGConvNeXtBlock(8, (10, 7)), []
     handle = module.mlp.fc1.register_forward_hook(lambda _, __, output: seen.append(output.shape))
@@ -89,6 +100,9 @@ def test_hook_sees_the_whole_map(pieces: list[torch.Size]) -> None:
     handle.remove()
     module(torch.randn(SHAPE))
     assert len(pieces) == 1 + 4
+    with nn.modules.module.register_module_forward_hook(lambda _, __, output: seen.append(output.shape)):
+        module(torch.randn(SHAPE))
+    assert (3, 10, 7, 32) in seen[1:]
 
 
 def test_pieces_go_through_a_replaced_layer() -> None:

@@ -80,6 +80,16 @@ def test_kept_taps_are_never_stale(change: Callable[[Any], object]) -> None:
     assert relative_error(after, before) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["exponent", "backend"])
+def test_kept_taps_follow_options(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = SGConv2d(6, 8, decay="position", backend="fft").eval(), images(2, 6, 8, 8)
+    kept(module, x)
+    first = module._frozen
+    setattr(module, name, {"exponent": 3.0, "backend": "toeplitz"}[name])
+    assert relative_error(kept(module, x), rebuilt(module, x)) <= 1e-6
+    assert module._frozen is not first
+
+
 def test_kept_taps_follow_size_batch_and_dtype() -> None:
     module = SGConv2d(6, 8).eval()
     for shape in [(2, 6, 8, 8), (2, 6, 5, 9), (1, 6, 8, 8), (2, 6, 8, 8), (2, 6, 9, 5)]:
@@ -165,6 +175,7 @@ def test_taps_of_a_reparameterized_layer_are_not_stale_either() -> None:
         lambda: module.load_state_dict(other.state_dict()),
         lambda: module.load_state_dict({"taps": torch.randn(6, 127)}, assign=True),
         lambda: (module.double(), module.taps.mul_(-1.0), module.float()),
+        lambda: setattr(module.taps, "data", torch.randn(6, 127)),
     ]
     for change in changes:
         before = kept(module, x)
@@ -194,8 +205,12 @@ def test_reparameterized_layer_refuses_what_needs_parameters() -> None:
             call()
     assert not module.eval().training
     assert kept(module, x).shape == x.shape
+    model = reparameterize_model(small_model())
     with refused("reparameterized", "train"):
-        reparameterize_model(small_model()).train()
+        model.train()
+    assert not any(module.training for module in model.modules())
+    with refused("reparameterized", "built with"):
+        model.kernel_table(64)
 
 
 def test_state_dict_says_what_is_reparameterized(tmp_path: Path) -> None:
@@ -213,6 +228,17 @@ def test_state_dict_says_what_is_reparameterized(tmp_path: Path) -> None:
         again.load_state_dict(model.state_dict())
     with pytest.raises(RuntimeError, match="size mismatch"):
         again.load_state_dict(reparameterize_model(small_model(img_size=96)).state_dict())
+
+
+def test_model_can_be_exported_with_any_batch() -> None:
+    model = small_model().eval()
+    for each in (model, reparameterize_model(model)):
+        with torch.no_grad():
+            batch = {"x": {0: torch.export.Dim("batch")}}
+            exported = torch.export.export(each, (images(2, 3, 64, 64),), dynamic_shapes=batch).module()
+            for size in (2, 5):
+                x = images(size, 3, 64, 64)
+                assert relative_error(exported(x), each(x)) <= 2e-6
 
 
 @scripting
@@ -253,6 +279,35 @@ def test_reparameterized_model_in_half_precision(dtype: torch.dtype) -> None:
 def test_registered_model_is_reparameterized_by_name() -> None:
     model = reparameterize_model(timm.create_model("sgconvnext_atto", img_size=32))
     assert sum(isinstance(module, SGConv2d) and module.taps is not None for module in model.modules()) == 12
+
+
+def test_layers_that_infer_can_be_mapped_over_their_parameters() -> None:
+    """As an ensemble; what was mapped must not be kept."""
+    layers, x = [SGConv2d(6, 8).eval() for _ in range(3)], images(2, 6, 8, 8)
+    base = copy.deepcopy(layers[0])
+    stacked = torch.func.stack_module_state(layers)
+
+    def run(parameters: Any, buffers: Any) -> Any:
+        return torch.func.functional_call(base, (parameters, buffers), (x,))
+
+    want = torch.stack([kept(layer, x) for layer in layers])
+    for _ in range(2):
+        with torch.no_grad():
+            assert relative_error(torch.vmap(run)(*stacked), want) <= 1e-6
+        assert relative_error(kept(base, x), want[0]) <= 1e-6
+
+
+def test_transforms_differentiate_a_layer() -> None:
+    layer, x = SGConv2d(6, 8), images(2, 6, 8, 8)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: Any) -> Tensor:
+        y: Tensor = torch.func.functional_call(layer, parameters, (x,))
+        return y.square().sum()
+
+    want = torch.autograd.grad(layer(x).square().sum(), list(parameters.values()))
+    for got, exact in zip(torch.func.grad(loss)(parameters).values(), want, strict=True):
+        assert relative_error(got, exact) <= 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # timm's pooling

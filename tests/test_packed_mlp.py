@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import relative_error
+from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-import sgconvnext.profile  # noqa: F401  teaches the counter
 from sgconvnext import packed_mlp
 from sgconvnext.block import SGConvNeXtBlock
 
@@ -63,6 +64,18 @@ def rounded_in_between(block: SGConvNeXtBlock) -> None:
     block.float()
 
 
+def narrow(block: SGConvNeXtBlock) -> None:
+    """Half of the hidden layer, in the same memory."""
+    block.mlp.fc1.weight = nn.Parameter(block.mlp.fc1.weight[:32])
+    block.mlp.fc1.bias = nn.Parameter(block.mlp.fc1.bias[:32])
+    block.mlp.fc2.weight = nn.Parameter(block.mlp.fc2.weight[:, :32])
+
+
+class NegativeMlp(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
 CHANGES: dict[str, Callable[[Any], object]] = {
     "hidden weight": lambda b: nn.init.normal_(b.mlp.fc1.weight),
     "hidden bias": lambda b: nn.init.normal_(b.mlp.fc1.bias),
@@ -78,7 +91,11 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "average": lambda b: torch._foreach_lerp_(list(b.parameters()), list(fixed_block().parameters()), 0.5),
     "layer replaced": lambda b: setattr(b.mlp, "fc1", nn.Sequential(b.mlp.fc1, nn.Linear(64, 64))),
     "GELU replaced": lambda b: setattr(b.mlp, "act", nn.ReLU()),
-    "GELU approximated": lambda b: setattr(b.mlp, "act", nn.Sequential(nn.GELU(), nn.Hardtanh())),
+    "GELU approximated": lambda b: setattr(b.mlp, "act", nn.GELU("tanh")),
+    "narrowed by views": narrow,
+    "MLP replaced": lambda b: setattr(b.mlp, "__class__", NegativeMlp),
+    "dropout replaced": lambda b: setattr(b.mlp, "drop2", nn.Tanh()),
+    "forward of its own": lambda b: setattr(b.mlp.fc1, "forward", lambda x: x.new_zeros(*x.shape[:-1], 64)),
     "hook": lambda b: b.mlp.fc1.register_forward_hook(lambda _, __, hidden: hidden * 2),
     "parametrized": lambda b: parametrize.register_parametrization(b.mlp.fc1, "weight", nn.Tanh()),
     "rounded in between": rounded_in_between,
@@ -108,7 +125,7 @@ def test_memory_of_replaced_weights_is_not_taken_for_theirs() -> None:
 
 def run_with_dropout(block: SGConvNeXtBlock) -> None:
     block.mlp.drop1.p = 0.5
-    block.mlp.train()
+    block.mlp.drop1.train()
 
 
 @pytest.mark.parametrize(
@@ -119,8 +136,9 @@ def run_with_dropout(block: SGConvNeXtBlock) -> None:
         (run_with_dropout, torch.float32),
         (lambda block: setattr(block.mlp, "norm", nn.LayerNorm(64)), torch.float32),
         (lambda block: setattr(block.mlp.fc1, "bias", None), torch.float32),
+        (lambda block: setattr(block.mlp.fc2, "bias", None), torch.float32),
     ],
-    ids=["float64", "bfloat16", "dropout", "norm", "no bias"],
+    ids=["float64", "bfloat16", "dropout", "norm", "no hidden bias", "no bias"],
 )
 def test_what_the_operators_cannot_do_is_not_packed(
     prepare: Callable[[SGConvNeXtBlock], object], dtype: torch.dtype
@@ -132,7 +150,7 @@ def test_what_the_operators_cannot_do_is_not_packed(
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # which that switch also sets
-def test_switches_are_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switches_are_heeded() -> None:
     block, x = fixed_block(), torch.randn(SHAPE)
     with torch.autocast("cpu", torch.bfloat16):
         branch(block, x)
@@ -144,6 +162,26 @@ def test_switches_are_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
     want = branch(copy.deepcopy(block), x)
     assert relative_error(torch.vmap(functools.partial(branch, block))(x[:, None])[:, 0], want) <= 2e-6
     assert block._packed is made_in_inference_mode._packed is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch's own
+def test_forward_mode_derivatives_are_not_lost() -> None:
+    block, x, v = fixed_block().requires_grad_(False), torch.randn(SHAPE), torch.randn(SHAPE)
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(block(forward_ad.make_dual(x, v))).tangent
+    assert tangent is not None
+    step = 1e-3 * v.double()
+    slope = (exact(block, x + step) - exact(block, x - step)) / 2e-3 + v
+    assert relative_error(tangent, slope) <= 1e-3
+
+
+def test_weights_of_another_dtype_are_given_up() -> None:
+    block, x = fixed_block(), torch.randn(SHAPE)
+    branch(block, x)
+    assert block._packed is not None
+    assert block.sgconv._frozen is not None
+    block.to(torch.bfloat16)
+    assert block._packed is block.sgconv._frozen is None
 
 
 def test_copies_pack_their_own() -> None:
@@ -159,19 +197,31 @@ def test_copies_pack_their_own() -> None:
     assert not any("packed" in name for name in block.state_dict())
 
 
-def test_torch_counts_packed_products() -> None:
+def test_counter_of_torch_sees_the_products() -> None:
+    """Its hooks do that: it knows nothing of oneDNN's operators."""
     block, x = fixed_block(), torch.randn(SHAPE)
-    with FlopCounterMode(display=False) as plain:
-        block(x)
-    with FlopCounterMode(display=False) as packed:
+    branch(block, x)
+    with FlopCounterMode(display=False) as counter:
         branch(block, x)
-    assert block._packed is not None
-    assert packed.get_total_flops() == plain.get_total_flops() > 2 * 2 * SHAPE[2] * SHAPE[3] * SHAPE[0] * 16 * 64
+    assert counter.get_flop_counts()["SGConvNeXtBlock.mlp.fc1"] == {torch.ops.aten.addmm: 2 * 2 * 6 * 7 * 16 * 64}
 
 
-def test_torch_without_the_operators_runs_the_mlp_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+class ZeroOperator:
+    """The known signatures, with other results."""
+
+    def __call__(self, x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+        return x.new_zeros(x.shape[0], weight.shape[0])
+
+    def binary(self, x: Tensor, *_: Any) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("operator", [lambda x: x, ZeroOperator()], ids=["signature", "result"])
+def test_torch_without_the_operators_runs_the_mlp_as_it_is(
+    operator: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(packed_mlp, "_works", packed_mlp._works.__wrapped__)
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, *_: x)  # another signature
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", operator)
     block, x = fixed_block(), torch.randn(SHAPE)
     assert relative_error(branch(block, x), exact(block, x)) <= 2e-6
     assert block._packed is None

@@ -41,7 +41,7 @@ def _spectrum(taps: Tensor, length: int) -> Tensor:
 
 
 def plain_long_conv(x: Tensor, taps: Tensor) -> Tensor:
-    """Same contract as reference.long_conv in plain operators: for TorchScript, which cannot see `_FFTConv`."""
+    """Same contract as reference.long_conv in plain operators: for TorchScript and torch.func, blind to `_FFTConv`."""
     length = x.shape[-1]
     n = fft_length(length)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -64,26 +64,24 @@ def _pieces(x: Tensor) -> Iterator[tuple[slice, list[slice]]]:
         yield slice(first, first + width), [slice(i, i + images) for i in range(0, batch, images)]
 
 
-def _convolve_piece(x: Tensor, spectrum: Tensor, y: Tensor) -> None:
-    """Write x (b, c, L) convolved with the taps of a spectrum (c, n/2+1) into y."""
-    length = x.shape[-1]
+def _convolve(x: Tensor, spectrum_of: Callable[[slice], Tensor]) -> Tensor:
+    """x (B, C, L) convolved with the taps whose spectrum (c, n/2+1) that function gives for channels."""
+    length, dtype = x.shape[-1], full_precision(x.dtype)
     n = fft_length(length)
-    transformed = torch.fft.rfft(x.to(full_precision(x.dtype)), n)
-    y.copy_(torch.fft.irfft(transformed.mul_(spectrum), n)[..., :length])
+    y = torch.empty_like(x)
+    for channels, pieces in _pieces(x):
+        spectrum = spectrum_of(channels)
+        for images in pieces:
+            transformed = torch.fft.rfft(x[images, channels].to(dtype), n)
+            y[images, channels] = torch.fft.irfft(transformed.mul_(spectrum), n)[..., :length]
+    return y
 
 
 def freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The convolution with fixed taps, which are transformed once; see `sgconvnext.longconv.freeze`."""
     spectrum = _spectrum(taps.to(full_precision(dtype)), length)
 
-    def convolve(x: Tensor) -> Tensor:
-        y = torch.empty_like(x)
-        for channels, pieces in _pieces(x):
-            for images in pieces:
-                _convolve_piece(x[images, channels], spectrum[channels], y[images, channels])
-        return y
-
-    return convolve
+    return lambda x: _convolve(x, spectrum.__getitem__)
 
 
 class _FFTConv(torch.autograd.Function):
@@ -92,13 +90,9 @@ class _FFTConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, taps: Tensor) -> Tensor:
         ctx.save_for_backward(x, taps)
-        y = torch.empty_like(x)
+        dtype = full_precision(x.dtype)
         with without_autocast(x):
-            for channels, pieces in _pieces(x):
-                spectrum = _spectrum(taps[channels].to(full_precision(x.dtype)), x.shape[-1])
-                for images in pieces:
-                    _convolve_piece(x[images, channels], spectrum, y[images, channels])
-        return y
+            return _convolve(x, lambda channels: _spectrum(taps[channels].to(dtype), x.shape[-1]))
 
     @staticmethod
     @once_differentiable

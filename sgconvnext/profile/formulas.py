@@ -109,10 +109,6 @@ def _tiled_conv_dtaps(dy: Tensor, x: Tensor, num_taps: int, *_: Any, **__: Any) 
     return 2 * tiles.dtaps_macs(batch, channels, length, length - num_taps)
 
 
-def _packed_linear(x: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
-    return 2 * out_val.numel() * x.shape[-1]
-
-
 TORCH_FORMULAS: dict[Any, Any] = {
     torch.ops.aten._fft_r2c: _real_forward,
     torch.ops.aten._fft_c2r: _real_inverse,
@@ -125,9 +121,6 @@ TORCH_FORMULAS: dict[Any, Any] = {
     torch.ops.sgconvnext.toeplitz_conv_dx: _tiled_conv_dx,
     torch.ops.sgconvnext.toeplitz_conv_dtaps: _tiled_conv_dtaps,
 }
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # some builds of torch have no oneDNN
-    TORCH_FORMULAS[torch.ops.mkldnn._linear_pointwise] = _packed_linear
-
 for _operator, _formula in TORCH_FORMULAS.items():
     if _operator not in flop_registry:  # a later torch may bring its own
         register_flop_formula(_operator, get_raw=True)(_formula)

@@ -40,8 +40,8 @@ COLUMNS = {
 NOTES = [
     "SGConv: the whole layer with auto's choice of a backend; ratio: its speed over the 7x7 depthwise "
     "convolution's, above 1 is faster. Of its parts, kernel is the generation of the taps, which does not grow with "
-    "the batch, and the rest one convolution by each backend; these compute in fp32 whatever the dtype, but for "
-    "dft and triton.",
+    "the batch and which inference on a CPU does once, and the rest one convolution by each backend, in the dtype by "
+    "autocast; fft and reference compute in fp32 and fp64 whatever it is.",
     f"right: auto's choice is the fastest, or less than {TIE - 1:.0%} slower. "
     f"-: left out, because an L x L matrix per channel takes more than {MATRIX_LIMIT / 2**30:g} GiB in all, or "
     "because triton needs a GPU and half precision.",
@@ -56,10 +56,10 @@ class Layer:
         shape: C, H, W.
         batch: images at a time.
         mode: "inference" (forward) or "training" (forward and backward).
-        dtype: of DTYPES; half precision by autocast.
+        dtype: of DTYPES; of the images, as a block's are under autocast.
         channels_last: memory format of images and weights.
         device: "cpu" or "cuda".
-        autocast: False gives images and the 7x7 convolution the dtype itself.
+        autocast: False gives the 7x7 convolution's weights that dtype too.
     """
 
     shape: tuple[int, int, int]
@@ -75,8 +75,8 @@ class Layer:
         return f"{self.mode} of {self.batch} x {channels} x {height} x {width}"
 
     @property
-    def tensor_dtype(self) -> torch.dtype:
-        """Of what the layer is given."""
+    def weight_dtype(self) -> torch.dtype:
+        """Of the 7x7 convolution."""
         return torch.float32 if self.autocast else DTYPES[self.dtype]
 
 
@@ -115,11 +115,11 @@ def prepare(layer: Layer) -> dict[str, Step]:
     device = torch.device(layer.device)
     layout = torch.channels_last if layer.channels_last else torch.contiguous_format
     training = layer.mode == "training"
-    image = torch.randn(layer.batch, *layer.shape, device=device).to(layer.tensor_dtype, memory_format=layout)
+    image = torch.randn(layer.batch, *layer.shape, device=device).to(DTYPES[layer.dtype], memory_format=layout)
     image.requires_grad_(training)
     signal = image.detach().flatten(2).requires_grad_(training)
     depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels, device=device)
-    depthwise.to(layer.tensor_dtype).to(memory_format=layout)
+    depthwise.to(layer.weight_dtype).to(memory_format=layout)
     mixer = SGConv2d(channels, (height, width), device=device).train(training)
     taps = lag_taps(mixer.kernel(), mixer.skip).detach().requires_grad_(training)
 
@@ -167,7 +167,7 @@ def row(layer: Layer, timings: dict[str, Timing]) -> dict[str, Any]:
     """A row with COLUMNS, of timings by the names of `prepare`."""
     channels, height, width = layer.shape
     backends = {name: timing.median for name, timing in timings.items() if name in BACKENDS}
-    signal = torch.empty(layer.batch, channels, height * width, device=layer.device)
+    signal = torch.empty(layer.batch, channels, height * width, device=layer.device, dtype=DTYPES[layer.dtype])
     chosen, fastest = choose_backend(signal), min(backends, key=backends.__getitem__)
     right = chosen in backends and backends[chosen] < TIE * backends[fastest]
     return {

@@ -28,8 +28,8 @@ COLUMNS = {
     "peak GiB": ".2f",
 }
 NOTES = [
-    "GMACs: of one image, the algorithm's; 1 MAC = 2 FLOPs. images/s: median over the rounds; spread: (slowest - "
-    "fastest round) / median.",
+    "GMACs: of one image, the algorithm's; 1 MAC = 2 FLOPs. Both they and the parameters are the model's before "
+    "--reparameterize. images/s: median over the rounds; spread: (slowest - fastest round) / median.",
     "ratio: speed over that of the first model of the group, as the median over pairs of turns; above 1 is faster.",
     "peak GiB: of a process that runs this model alone, beyond the interpreter and its libraries (with --compile also "
     "the compiler's; on CUDA the allocator's).",
