@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .layer import SGConv2d, runs_eagerly_on_cpu
 from .longconv import available_backends
-from .packed_mlp import PackedMlp, can_pack, pack
+from .packed_mlp import PackedMlp, packed
 
 PIECE_TOKENS = 1024  # tokens whose hidden layer stays in a CPU's cache; measured with widths 96 to 768
 
@@ -85,11 +85,9 @@ class SGConvNeXtBlock(nn.Module):
             or forward_ad._current_level >= 0
             or x.dtype != torch.float32
             or getattr(self.sgconv, "taps", None) is None
-            or not can_pack(self.mlp, self.gamma)
         ):
             return None
-        if self._packed is None or not self._packed.is_of(self.mlp, self.gamma):
-            self._packed = pack(self.mlp, self.gamma)
+        self._packed = packed(self.mlp, self.gamma, self._packed)
         return self._packed
 
     @torch.jit.unused
@@ -140,9 +138,9 @@ class SGConvNeXtBlock(nn.Module):
         if self._drops():  # whole images
             branch = torch.cat([self._branch(piece) for piece in mixed]).view_as(y)
             return self.drop_path(branch.permute(0, 3, 1, 2)) + x
-        packed = self._packed_mlp(x)
+        mlp = self._packed_mlp(x)
         pieces = [
-            self._branch(piece) + shortcut if packed is None else packed(self.norm(piece), shortcut)
+            self._branch(piece) + shortcut if mlp is None else mlp(self.norm(piece), shortcut)
             for piece, shortcut in zip(mixed, shortcuts, strict=True)
         ]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view_as(y).permute(0, 3, 1, 2)

@@ -29,34 +29,54 @@ class PackedMlp(NamedTuple):
         result: Tensor = onednn._linear_pointwise.binary(hidden, shortcut, *self.output, "add")
         return result
 
-    def is_of(self, mlp: Mlp, gamma: Tensor | None) -> bool:
+    def is_of(self, weights: list[Tensor]) -> bool:
         """Whether it was made of these weights and nothing wrote to them since but through ``.data`` or NumPy."""
-        sources = _weights(mlp, gamma)
-        return len(sources) == len(self.sources) and all(
-            (now.data_ptr(), now.shape, now.stride(), now._version)
-            == (then.data_ptr(), then.shape, then.stride(), version)
-            for now, then, version in zip(sources, self.sources, self.versions, strict=True)
+        return len(weights) == len(self.sources) and all(
+            type(now) is nn.Parameter
+            and now.data_ptr() == then.data_ptr()
+            and now._version == version
+            and now.shape == then.shape
+            and now.stride() == then.stride()
+            for now, then, version in zip(weights, self.sources, self.versions, strict=True)
         )
 
 
-def can_pack(mlp: nn.Module, gamma: Tensor | None) -> bool:
-    """Whether `pack` takes them here: float32 on a CPU that has oneDNN, and nothing but two Linears and a GELU."""
+def packed(mlp: nn.Module, gamma: Tensor | None, last: PackedMlp | None) -> PackedMlp | None:
+    """The MLP with packed weights, which take as much memory again: the last one if it still is right, else a new one.
+
+    None where the operators would not do the same: outside float32 on a CPU that has oneDNN, or if the MLP is anything
+    but two Linears with biases and a GELU.
+    """
     if not (
         type(mlp) is Mlp
         and type(mlp.fc1) is type(mlp.fc2) is nn.Linear
         and type(mlp.norm) is nn.Identity
         and type(mlp.act) is nn.GELU
         and mlp.act.approximate == "none"
-        and mlp.fc1.bias is not None
-        and mlp.fc2.bias is not None
         and all(type(drop) is nn.Dropout and not drop.training for drop in (mlp.drop1, mlp.drop2))
+        and torch.backends.mkldnn.enabled
     ):
-        return False
+        return None
+    weights = [mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias] + ([] if gamma is None else [gamma])
+    if last is not None and last.is_of(weights):
+        return last
     # tensors made in inference mode do not tell when they are written to
-    kinds = {
-        (type(weight), weight.dtype, weight.device.type, weight.is_inference()) for weight in _weights(mlp, gamma)
-    }
-    return kinds == {(nn.Parameter, torch.float32, "cpu", False)} and bool(torch.backends.mkldnn.enabled) and _works()
+    right = all(
+        type(weight) is nn.Parameter
+        and (weight.dtype, weight.device.type, weight.is_inference()) == (torch.float32, "cpu", False)
+        for weight in weights
+    )
+    return _pack(weights) if right and _works() else None
+
+
+@torch.no_grad()
+def _pack(weights: list[Tensor]) -> PackedMlp:
+    versions = [weight._version for weight in weights]  # before they are used: another thread may write to them
+    hidden, hidden_bias, output, output_bias = sources = [weight.detach() for weight in weights[:4]]
+    for gamma in weights[4:]:
+        output, output_bias = output * gamma[:, None], output_bias * gamma
+        sources.append(gamma.detach())
+    return PackedMlp(sources, versions, (_laid_out(hidden), hidden_bias), (_laid_out(output), output_bias))
 
 
 @functools.cache
@@ -73,26 +93,5 @@ def _works() -> bool:
 
 
 def _laid_out(weight: Tensor) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    result: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return result
-
-
-@torch.no_grad()
-def pack(mlp: Mlp, gamma: Tensor | None) -> PackedMlp:
-    """Lay out the weights of an MLP that `can_pack`; they take as much memory again."""
-    sources = _weights(mlp, gamma)
-    versions = [source._version for source in sources]  # before they are used: another thread may write to them
-    weight, bias = mlp.fc2.weight, mlp.fc2.bias
-    if gamma is not None:
-        weight, bias = weight * gamma[:, None], bias * gamma
-    return PackedMlp(
-        [source.detach() for source in sources],
-        versions,
-        (_laid_out(mlp.fc1.weight), mlp.fc1.bias.detach()),
-        (_laid_out(weight), bias.detach()),
-    )
-
-
-def _weights(mlp: Mlp, gamma: Tensor | None) -> list[Tensor]:
-    weights = [mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias]
-    return weights if gamma is None else [*weights, gamma]
