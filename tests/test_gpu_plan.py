@@ -22,7 +22,7 @@ from training_helpers import ROOT
 from sgconvnext.longconv import BACKENDS, triton_toeplitz
 from sgconvnext.longconv.tiles import Tile
 from sgconvnext.profile import __main__ as main
-from sgconvnext.profile import gpu, gpu_models, gpu_ops, gpu_tiles, ops, timing
+from sgconvnext.profile import gpu, gpu_block, gpu_models, gpu_ops, gpu_tiles, ops, timing
 from sgconvnext.profile.gpu_models import Variant
 from sgconvnext.profile.gpu_plan import TIMED, Deadline, DeadlineError, Plan, Stage
 from sgconvnext.profile.gpu_tiles import Problem
@@ -112,7 +112,7 @@ def test_share_ends_earlier_and_shares_its_memory() -> None:
 
 def test_first_part_measures_every_stage_layout_and_backend() -> None:
     deadline = Deadline(600)
-    rates, depthwise, exact, speed, sums = gpu_ops.tables(PLAN, deadline)
+    rates, depthwise, exact, speed, sums, around = gpu_ops.tables(PLAN, deadline)
     assert deadline.notes() == []
     assert [row["unit"] for row in rates.rows] == ["GB/s", "TFLOP/s"]
     assert all(row["rate"] > 0 for row in rates.rows)
@@ -133,6 +133,7 @@ def test_first_part_measures_every_stage_layout_and_backend() -> None:
     assert {f"{name} ms" for name in HERE} < set(speed.columns)
     assert not {"reference ms", "right"} & set(speed.columns)
     assert len(sums.rows) == 2 * 2
+    assert not around.rows  # without triton
     assert not any("reference" in heading for row in (*speed.rows, *sums.rows) for heading in row)
 
 
@@ -226,7 +227,7 @@ def test_layers_without_autocast_have_weights_of_their_dtype(monkeypatch: pytest
     monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
     for autocast in (True, False):
         ops.prepare(ops.Layer((4, 6, 6), dtype="bf16", autocast=autocast))["7x7"]()
-    assert dtypes == [(torch.float32, torch.float32, True), (torch.bfloat16, torch.bfloat16, False)]
+    assert dtypes == [(torch.bfloat16, torch.float32, True), (torch.bfloat16, torch.bfloat16, False)]
 
 
 def speed_rows(milliseconds: dict[str, list[float]], mode: str = "inference") -> list[dict[str, Any]]:
@@ -267,6 +268,28 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Any:
     for operator in gpu_tiles.CANDIDATES:
         monkeypatch.setitem(gpu_tiles.CANDIDATES, operator, (SMALL, DEEP))
     return triton_programs
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_first_part_measures_what_is_around_the_mlp(mode: str, programs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [Stage("atto", 1, 16, 5, 2), Stage("atto", 2, 32, 3, 2)]
+    monkeypatch.setattr(Plan, "stages", lambda self: stages)
+    plan = replace(PLAN, backends=("triton",), modes=(mode,), rounds=2)
+    table = gpu_block.table(plan, deadline := Deadline(600))
+    assert deadline.notes() == []
+    assert [(row["stage"], row["mode"]) for row in table.rows] == [(1, mode), (2, mode)]
+    for row in table.rows:
+        assert all(row[f"{name} ms"] > 0 for name in ("norm", "norm, triton", "sum", "sum, triton"))
+        assert all(len(rounds) == 2 for pair in row["seconds"].values() for rounds in pair)
+    for pair in gpu_block._steps(plan, stages[0], mode):
+        for want, got in zip(*map(results, pair), strict=True):
+            assert relative_error(got, want) <= 3e-2  # in bfloat16
+
+
+def results(step: Callable[[], Any]) -> list[Tensor]:
+    """The output, or the gradients."""
+    found = step()
+    return [found] if isinstance(found, Tensor) else list(found)
 
 
 def test_second_part_times_tiles_of_every_problem_once(programs: Any, monkeypatch: pytest.MonkeyPatch) -> None:

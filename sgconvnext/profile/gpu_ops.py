@@ -1,4 +1,4 @@
-"""Part 1 of the GPU plan: the device's rates, cuDNN's 7x7, and the backends' exactness and speed on single layers."""
+"""Part 1 of the GPU plan: the device's rates, cuDNN's 7x7, the backends' exactness and speed; gpu_block goes on."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..longconv import BACKENDS, long_conv
-from . import ops
+from . import gpu_block, ops
 from .gpu_plan import Deadline, Plan, Stage
 from .table import Table
 from .timing import Step, Timing, interleave
@@ -27,7 +27,7 @@ TRUTH_BOUND = 1e-12
 
 
 def tables(plan: Plan, deadline: Deadline) -> list[Table]:
-    """Rates, cuDNN's 7x7, exactness, and the backends beside the 7x7: all in bfloat16.
+    """Rates, cuDNN's 7x7, exactness, the backends beside the 7x7, and what is around the MLP: all in bfloat16.
 
     Args:
         plan: sizes, batches, backends.
@@ -48,7 +48,7 @@ def tables(plan: Plan, deadline: Deadline) -> list[Table]:
     for mode, layout, stage in itertools.product(plan.modes, LAYOUTS, plan.stages()):
         row = functools.partial(_speed, plan, stage, mode, layout)
         _collect(deadline, speed, f"{mode} of {stage} in {layout}", row)
-    return [rates, depthwise, exact, speed, sums(plan, speed.rows)]
+    return [rates, depthwise, exact, speed, sums(plan, speed.rows), gpu_block.table(plan, deadline)]
 
 
 def _collect(deadline: Deadline, table: Table, what: str, row: Callable[[], dict[str, Any]]) -> None:
