@@ -6,7 +6,7 @@ import torch
 from timm.layers import DropPath, LayerNorm, Mlp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as module_hooks
 
 from .layer import SGConv2d, runs_eagerly_on_cpu
 from .longconv import available_backends
@@ -94,7 +94,7 @@ class SGConvNeXtBlock(nn.Module):
     def _is_hooked(self) -> bool:
         """Whether somebody watches or replaces what a module inside does: by a hook, or a forward of its own."""
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        return _has_any_global_hook() or any(
+        return any(getattr(module_hooks, f"_global{kind}") for kind in kinds) or any(
             "forward" in vars(module) or any(getattr(module, kind) for kind in kinds) for module in self.modules()
         )
 
