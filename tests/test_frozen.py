@@ -230,6 +230,7 @@ def test_state_dict_says_what_is_reparameterized(tmp_path: Path) -> None:
         again.load_state_dict(reparameterize_model(small_model(img_size=96)).state_dict())
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 exports no transform of an open batch")
 def test_model_can_be_exported_with_any_batch() -> None:
     model = small_model().eval()
     for each in (model, reparameterize_model(model)):

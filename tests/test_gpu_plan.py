@@ -22,7 +22,7 @@ from training_helpers import ROOT
 from sgconvnext.longconv import BACKENDS, triton_toeplitz
 from sgconvnext.longconv.tiles import Tile
 from sgconvnext.profile import __main__ as main
-from sgconvnext.profile import gpu, gpu_block, gpu_models, gpu_ops, gpu_tiles, ops, timing
+from sgconvnext.profile import gpu, gpu_block, gpu_models, gpu_ops, gpu_plan, gpu_tiles, ops, timing
 from sgconvnext.profile.gpu_models import Variant
 from sgconvnext.profile.gpu_plan import TIMED, Deadline, DeadlineError, Plan, Stage
 from sgconvnext.profile.gpu_tiles import Problem
@@ -87,6 +87,23 @@ def test_deadline_is_no_exception_that_a_compiler_could_swallow() -> None:
     start = time.monotonic()
     Deadline(0.1).run("stubborn", stubborn)
     assert time.monotonic() - start < 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_deadline_that_was_lost_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        def __del__(self) -> None:  # where Python ignores what is raised
+            time.sleep(5)
+
+    def loses_it() -> None:
+        Slow()
+        time.sleep(5)
+
+    monkeypatch.setattr(gpu_plan, "AGAIN_S", 0.2)
+    start, deadline = time.monotonic(), Deadline(0.1)
+    deadline.run("loses it", loses_it)
+    assert 0.2 < time.monotonic() - start < 3
+    assert deadline.notes() == ["Not reached before the deadline: loses it."]
 
 
 def test_failure_is_noted_and_the_rest_goes_on() -> None:

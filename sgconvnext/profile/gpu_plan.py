@@ -79,6 +79,9 @@ class Plan:
         return self.forward_batch if mode == "inference" else self.backward_batch
 
 
+AGAIN_S = 1.0  # until the alarm rings again: raised in a finalizer an exception is lost
+
+
 class DeadlineError(BaseException):
     """Time is up. No Exception: compilers catch those, and go on."""
 
@@ -114,7 +117,7 @@ class Deadline:
         before = signal.signal(signal.SIGALRM, _stop)
         try:
             try:
-                signal.setitimer(signal.ITIMER_REAL, self.left)
+                signal.setitimer(signal.ITIMER_REAL, self.left, AGAIN_S)
                 work()
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
