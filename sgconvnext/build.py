@@ -50,7 +50,7 @@ def from_timm(name: str, arguments: dict[str, Any], place: str = "model ") -> nn
         raise ValueError(f"{place}{name!r} is no timm model" + (f"; did you mean {close[0]!r}?" if close else ""))
     try:
         model: nn.Module = timm.create_model(name, **arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+    except (ArithmeticError, AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{place}{name!r} cannot be built: {one_line(error)}") from error
     return model
 
@@ -100,7 +100,7 @@ def _arguments(config: Config, classes: int, start: bool) -> dict[str, Any]:
 def has_input_size(name: str) -> bool:
     """Models built for an image size have timm's set_input_size; looked up on the meta device, without memory."""
     with torch.device("meta"):
-        return timm.is_model(name) and hasattr(timm.create_model(name), "set_input_size")
+        return timm.is_model(name) and hasattr(from_timm(name, {}), "set_input_size")
 
 
 def run_config(state: dict[str, Any], path: str, overrides: Sequence[str] = ()) -> Config:

@@ -18,7 +18,7 @@ def check(path: Path) -> None:
         ValueError: one of them.
     """
     new(1, 1)
-    if path.is_dir() or not path.resolve().parent.is_dir():
+    if (path.exists() and not path.is_file()) or not path.resolve().parent.is_dir():
         raise ValueError(f"{str(path)!r} cannot be a picture: name a file in a folder that is there")
 
 
@@ -50,4 +50,4 @@ def save(figure: Any, path: Path) -> None:
     figure.savefig(full, format="png")
     palette = Image.open(full).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     palette.save(png, format="png", optimize=True)
-    write_whole(path, png.getvalue())
+    write_whole(path.resolve(), png.getvalue())  # what a link points to, not the link

@@ -383,3 +383,13 @@ def test_half_precision_does_not_overflow_between_the_products(causal: bool) -> 
     got = run(x, taps, dy, "dft")
     want = run(x.double(), taps.double(), dy.double(), "fft")
     assert all(relative_error(got[name], want[name]) <= TOLERANCE[torch.float16] for name in want)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+def test_no_image_is_no_output(backend: str) -> None:
+    x, taps = torch.randn(0, 3, 5, requires_grad=True), torch.randn(3, 9, requires_grad=True)
+    y = long_conv(x, taps, backend)
+    assert y.shape == (0, 3, 5)
+    dx, dtaps = torch.autograd.grad(y.sum(), [x, taps])
+    assert dx.shape == x.shape
+    assert torch.equal(dtaps, torch.zeros(3, 9))

@@ -114,6 +114,18 @@ def test_packed_weights_follow_every_change(change: Callable[[Any], object]) -> 
     assert relative_error(after, before) > 1e-5
 
 
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=str)
+def test_packed_weights_follow_an_optimiser(options: dict[str, bool]) -> None:
+    """Fused ones do not count as writing."""
+    block, x = fixed_block(), torch.randn(SHAPE)
+    before = branch(block, x)
+    optimizer = torch.optim.AdamW(block.parameters(), lr=0.1, **options)
+    block(x).square().sum().backward()
+    optimizer.step()
+    assert relative_error(branch(block, x), exact(block, x)) <= 2e-6
+    assert relative_error(branch(block, x), before) > 1e-3
+
+
 def test_memory_of_replaced_weights_is_not_taken_for_theirs() -> None:
     """The allocator likes to give the same address again."""
     block, x = fixed_block(), torch.randn(SHAPE)

@@ -141,6 +141,35 @@ def test_group_that_does_not_fit_together_is_noted(
     assert "out of memory" in table["notes"][-1]
 
 
+def test_size_that_does_not_fit_the_count_leaves_the_others(
+    run: Run, no_children: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = throughput.flops.count
+
+    def out_of_memory(model: Any, x: Tensor) -> Any:
+        if x.shape[-1] > 32:
+            raise RuntimeError("Storage size calculation overflowed with sizes=[1, 2]")
+        return count(model, x)
+
+    monkeypatch.setattr(throughput.flops, "count", out_of_memory)
+    throughput._counted_at.cache_clear()
+    [table] = json.loads(run("scaling", ATTO, "--img-size", 32, 64, *BRIEF, "--json"))["tables"]
+    throughput._counted_at.cache_clear()
+    assert ["images/s" in row for row in table["rows"]] == [True, False]
+    assert f"{ATTO}, inference, 64 px, batch 1: out of memory; {ATTO} were not timed." in table["notes"]
+
+
+@pytest.mark.parametrize(
+    ("model", "word"),
+    [("resnet18.bogus", "tag"), (f"{ATTO[:15]},depths=[3]", "four"), ("convnext_atto,depths=[3]", "index"),
+     ("convnext_atto,act_layer=bogus", "bogus"), ("vit_tiny_patch16_224,num_heads=0", "zero")],
+)  # fmt: skip
+def test_model_that_cannot_be_built_is_named(model: str, word: str, refusal: Run) -> None:
+    told = refusal("flops", model)
+    assert repr(model.split(",")[0]) in told
+    assert word in told
+
+
 def test_layer_that_does_not_fit_is_noted_beside_the_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare = ops.prepare
 
@@ -182,11 +211,11 @@ def test_flops_that_are_not_known_are_said_and_do_not_stop_the_clock(
         raise UncountedError("ConvNeXt runs aten::cumsum, which no formula counts")
 
     monkeypatch.setattr(throughput.flops, "count", unknown)
-    throughput._counted.cache_clear()
+    throughput._counted_at.cache_clear()
     [table] = json.loads(run("throughput", ATTO, ATTO, "--img-size", 32, "--json", *BRIEF))["tables"]
     assert "GMACs" not in table["rows"][0]
     assert sum("aten::cumsum" in note for note in table["notes"]) == 1
-    throughput._counted.cache_clear()
+    throughput._counted_at.cache_clear()
 
 
 def test_environment_and_command_are_in_every_table(run: Run, no_children: None) -> None:

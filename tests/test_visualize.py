@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from training_helpers import trained, write_images
 
-from sgconvnext import SGConv2d
+from sgconvnext import SGConv2d, figure
 from sgconvnext.kernel import lag_taps
 from sgconvnext.longconv import long_conv
 from sgconvnext.visualize import __main__ as main
@@ -260,3 +260,15 @@ def test_checkpoint_without_its_data_says_which_are_missing(tmp_path: Path, chec
 def test_missing_matplotlib_is_named(refusal: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install 'sgconvnext[viz]'" in refusal("kernels", SMALL)
+
+
+def test_picture_replaces_a_file_and_no_device(tmp_path: Path) -> None:
+    with refused("/dev/null", "cannot be a picture"):
+        figure.check(Path("/dev/null"))
+    target, link = tmp_path / "target.png", tmp_path / "link.png"
+    target.write_text("")
+    link.symlink_to(target)
+    figure.check(link)
+    figure.save(figure.new(1, 1), link)
+    assert link.is_symlink()
+    assert Image.open(target).size == (100, 100)

@@ -77,14 +77,14 @@ def compare(
     """A row with COLUMNS per model, and what is to be said about them."""
     _logger.info("%s: %s", work, " ".join(models))
     torch.compiler.reset()  # or the shapes of the last ones would make these ones dynamic
-    rows, notes = [], []
-    for spec in models:
-        parameters, gmacs, note = _counted(spec, work.img_size)
-        row = {"model": spec, "mode": work.mode, "px": spoken_size(work.img_size), "batch": work.batch}
-        rows.append(row | {"parameters": parameters} | ({} if gmacs is None else {"GMACs": gmacs}))
-        notes += [note] if note else []
+    what = {"mode": work.mode, "px": spoken_size(work.img_size), "batch": work.batch}
+    rows: list[dict[str, Any]] = [{"model": spec} | what for spec in models]
+    notes = []
     try:
         for spec, row in zip(models, rows, strict=True):
+            row["parameters"], gmacs, note = _counted(spec, work)
+            row |= {} if gmacs is None else {"GMACs": gmacs}
+            notes += [note] if note else []
             row["peak GiB"] = peak_memory(spec, work) / 2**30
         _time(models, work, rounds, seconds, rows)
     except DoesNotFitError as error:
@@ -112,9 +112,16 @@ def speed(batch: int, timing: Timing) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def _counted(spec: str, img_size: tuple[int, int]) -> tuple[int, float | None, str]:
+def _counted(spec: str, work: Workload) -> tuple[int, float | None, str]:
     """Parameters, GMACs of an image, and why these are not known, where they are not."""
+    try:
+        return _counted_at(spec, work.img_size)
+    except RuntimeError as error:
+        raise failure(spec, work, error) from error
+
+
+@functools.cache
+def _counted_at(spec: str, img_size: tuple[int, int]) -> tuple[int, float | None, str]:
     model = build.from_spec(spec, img_size)
     try:
         found = flops.count(model, random_images(model, 1, img_size))
