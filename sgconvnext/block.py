@@ -70,10 +70,12 @@ class SGConvNeXtBlock(nn.Module):
     @torch.jit.unused
     def _works_in_pieces(self, x: Tensor) -> bool:
         """Whether a few tokens at a time keep the hidden layer, 4 times larger, in the cache, and no hook sees it."""
-        if not runs_eagerly_on_cpu(x) or x.numel() == 0 or self._is_hooked():
+        if not runs_eagerly_on_cpu(x) or x.numel() == 0:
             return False
         if torch.is_grad_enabled():  # an optimiser's step may follow, and fused ones do not count as writing
             self._packed = None
+        if self._is_hooked():
+            return False
         return x.shape[0] * x.shape[2] * x.shape[3] > PIECE_TOKENS or self._packed_mlp(x) is not None
 
     @torch.jit.unused

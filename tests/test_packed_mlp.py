@@ -120,7 +120,8 @@ def test_packed_weights_follow_an_optimiser(options: dict[str, bool]) -> None:
     block, x = fixed_block(), torch.randn(SHAPE)
     before = branch(block, x)
     optimizer = torch.optim.AdamW(block.parameters(), lr=0.1, **options)
-    block(x).square().sum().backward()
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):  # under which no block works in pieces
+        block(x).square().sum().backward()
     optimizer.step()
     assert relative_error(branch(block, x), exact(block, x)) <= 2e-6
     assert relative_error(branch(block, x), before) > 1e-3
