@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
-from .layer import SGConv2d, runs_eagerly_on_cpu
+from .layer import SGConv2d, is_transformed, runs_eagerly_on_cpu
 from .longconv import available_backends
 from .packed_mlp import PackedMlp, packed
 
@@ -84,9 +83,6 @@ class SGConvNeXtBlock(nn.Module):
         if (
             torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
-            # which know nothing of oneDNN's operators, as forward-mode differentiation does not
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
             or x.dtype != torch.float32
             or getattr(self.sgconv, "taps", None) is None
         ):
@@ -112,6 +108,8 @@ class SGConvNeXtBlock(nn.Module):
     def _runs_triton(self, x: Tensor) -> bool:
         """Whether Triton runs the convolution; then it also runs the norm and the sum, which change the layout."""
         if getattr(self.sgconv, "backend", None) != "triton" or not isinstance(x, Tensor) or self._is_hooked():
+            return False
+        if not torch.compiler.is_compiling() and is_transformed():
             return False
         if type(self.norm) is not LayerNorm or type(self.drop_path) not in (DropPath, nn.Identity):
             return False

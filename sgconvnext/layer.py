@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module, to_2tuple
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from .kernel import kernel_norm, lag_taps, multiscale_kernel, num_scales_for, scale_dim_for
-from .longconv import check_backend, choose_backend, freeze, long_conv
+from .longconv import check_backend, choose_backend, freeze, is_recorded, long_conv
 from .longconv.fft import plain_long_conv
 
 # Where one direction's taps take more than this, they are made a few channels at a time, each time this many bytes:
@@ -26,9 +27,15 @@ INITS = ("normal", "cosine")
 
 
 def runs_eagerly_on_cpu(x: Tensor) -> bool:
-    """Whether x is an ordinary tensor on a CPU, outside of any graph that is being built."""
-    building = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return type(x) is Tensor and x.device.type == "cpu" and not building
+    """Whether x is an ordinary tensor on a CPU, outside of any graph that is being built and of any transform."""
+    if torch.compiler.is_compiling() or is_recorded() or is_transformed():
+        return False
+    return type(x) is Tensor and x.device.type == "cpu"
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward mode is at work. What they pass in must not be kept."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _Frozen(NamedTuple):
@@ -170,9 +177,6 @@ class _MultiScaleKernel(nn.Module):
     @torch.jit.unused
     def _convolve(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         """x (B, C, L) with the taps for a size."""
-        if torch._C._are_functorch_transforms_active() and self.backend in ("auto", "fft"):
-            # they see through plain operators only, and what they pass in must not be kept
-            return plain_long_conv(x, self._taps_for(size))
         if self.training or torch.is_grad_enabled() or not runs_eagerly_on_cpu(x) or len(self._groups()) > 1:
             return long_conv(x, self._taps_for(size), self.backend)
         return self._freeze(x, size)(x)
@@ -357,7 +361,9 @@ class SGConv(_MultiScaleKernel):
         for (a, b), part in zip(groups, parts, strict=True):
             own = self.weight[:, :, a:b], self.skip[a:b], self.kernel_norm[:, a:b]
             group = functools.partial(self._convolve_group, alpha=self._alpha_of(a, b))
-            done.append(checkpoint(group, part, *own, use_reentrant=False))
+            if not is_transformed():  # which takes no hooks on what is saved
+                group = functools.partial(checkpoint, group, use_reentrant=False)
+            done.append(group(part, *own))
         return torch.cat(done, dim=1)
 
     def _convolve_group(

@@ -49,7 +49,7 @@ def layer_norm_channels_last(
 
         y[b, l, c] = weight[c] (x[b, c, l] - mean[b, l]) / sqrt(var[b, l] + eps) + bias[c]
 
-    Differentiable in x, weight and bias, once.
+    Differentiable in x, weight and bias, to any order.
 
     Args:
         x: (B, C, L) in float32, bfloat16 or float16; copied first unless it is contiguous.
@@ -80,7 +80,7 @@ def scale_residual_channels_first(
 
         out[b, c, l] = shortcut[b, c, l] + keep[b] gamma[c] y[b, l, c]
 
-    Differentiable in shortcut, y and gamma, once.
+    Differentiable in shortcut, y and gamma, to any order.
 
     Args:
         shortcut: (B, C, L) in float32, bfloat16 or float16; copied first unless it is contiguous.
@@ -208,7 +208,7 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor) -> tuple[Tensor, Ten
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, _, _ = inputs
+    x, weight, bias, ctx.eps, _ = inputs
     ctx.bias_dtype = bias.dtype
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -216,8 +216,21 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 def _norm_autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
     x, weight, stats = ctx.saved_tensors
-    dx, dweight, dbias = _norm_gradients(dy, x, weight, stats)
+    if torch.is_grad_enabled():  # somebody differentiates again
+        dx, dweight, dbias = _plain_norm_gradients(dy, x, weight, ctx.eps)
+    else:
+        dx, dweight, dbias = _norm_gradients(dy, x, weight, stats)
     return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None
+
+
+def _plain_norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_norm_gradients` computes, in differentiable operators."""
+    u, g = x.float(), dy.transpose(1, 2).float()
+    u = u - u.mean(1, keepdim=True)
+    rstd = (u.square().mean(1, keepdim=True) + eps).rsqrt()
+    u, scaled = u * rstd, g * weight.float()[:, None]
+    dx = rstd * (scaled - scaled.mean(1, keepdim=True) - u * (scaled * u).mean(1, keepdim=True))
+    return dx.to(x.dtype), (g * u).sum((0, 2)), g.sum((0, 2))
 
 
 _norm.register_autograd(_norm_autograd, setup_context=_save_norm)
@@ -300,8 +313,21 @@ def _residual_autograd(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor | None, T
     y, gamma, keep = ctx.saved_tensors
     if not any(ctx.needs_input_grad[1:3]):
         return dout, None, None, None
-    dy, dgamma = _residual_gradients(dout, y, gamma, keep, ctx.dtype)
+    if torch.is_grad_enabled():  # somebody differentiates again
+        dy, dgamma = _plain_residual_gradients(dout, y, gamma, keep, ctx.dtype)
+    else:
+        dy, dgamma = _residual_gradients(dout, y, gamma, keep, ctx.dtype)
     return dout, dy, None if y is None else dgamma.to(gamma.dtype), None
+
+
+def _plain_residual_gradients(
+    dout: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What `_residual_gradients` computes, in differentiable operators."""
+    g = dout.transpose(1, 2).float()
+    g = g if keep is None else g * keep.float()[:, None, None]
+    dgamma = g.new_empty(0) if y is None else (g * y.float()).sum((0, 1))
+    return (g if gamma is None else g * gamma.float()).to(dtype), dgamma
 
 
 _residual.register_autograd(_residual_autograd, setup_context=_save_residual)

@@ -149,3 +149,34 @@ def test_fused_block_equals_the_whole(drop_path: float) -> None:
     else:
         for got, want in zip(*found, strict=True):
             assert relative_error(got, want) <= 1e-2
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_fused_block_has_second_derivatives() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = SGConvNeXtBlock(16, (5, 4), ls_init_value=0.5, backend="triton", device=device)
+    other = copy.deepcopy(module)
+    other.sgconv.backend = "reference"
+    x = torch.randn(2, 16, 5, 4, device=device, requires_grad=True)
+
+    def product(module: SGConvNeXtBlock) -> list[torch.Tensor]:
+        inputs = [x, *module.parameters()]
+        with torch.autocast(device, torch.float16):
+            assert module._runs_triton(x) == (module is not other)
+            first = torch.autograd.grad(module(x).pow(3).mean(), inputs, create_graph=True)
+        return list(torch.autograd.grad(sum(t.square().sum() for t in first), inputs))
+
+    for (name, _), got, want in zip(
+        [("x", None), *module.named_parameters()], product(module), product(other), strict=True
+    ):
+        assert relative_error(got, want) <= 3e-2, name
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_transforms_see_the_fused_block_unfused() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = SGConvNeXtBlock(16, (5, 4), ls_init_value=0.5, backend="triton", device=device)
+    x = torch.randn(3, 2, 16, 5, 4, device=device, dtype=torch.float16)
+    module.half()
+    with torch.no_grad():
+        assert relative_error(torch.vmap(module)(x), module(x.flatten(0, 1)).unflatten(0, (3, 2))) <= 1e-2

@@ -201,15 +201,6 @@ def test_gradient_of_one_input_alone_is_the_same(backend: str, only: str) -> Non
     assert relative_error(got, truth[f"d{only}"]) <= 2e-6
 
 
-@each_fast_backend
-def test_second_derivative_is_refused(backend: str) -> None:
-    x, taps, _, _ = case(7, False)
-    x, taps = x.clone().requires_grad_(), taps.clone().requires_grad_()
-    (dx,) = torch.autograd.grad(long_conv(x, taps, backend).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_side
 @each_fast_backend

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sgconvnext import SGConv2d
-from sgconvnext.longconv import available_backends, choose_backend, long_conv, tiles, triton_toeplitz
+from sgconvnext.longconv import BACKENDS, available_backends, choose_backend, long_conv, tiles
 from sgconvnext.longconv.tiles import CONV_TILES, DTAPS_TILES, Tile
 from sgconvnext.profile import ops
 from sgconvnext.profile.flops import CONVOLUTION, count
@@ -312,10 +312,10 @@ def test_gradient_of_the_taps_has_their_dtype(taps_dtype: torch.dtype) -> None:
 
 OPERATORS = {
     "conv": lambda x, taps: (torch.ops.sgconvnext.toeplitz_conv, (x, taps)),
-    "dx": lambda x, taps: (torch.ops.sgconvnext.toeplitz_conv_dx, (x.detach(), taps.detach())),
+    "dx": lambda x, taps: (torch.ops.sgconvnext.toeplitz_conv_dx, (x, taps)),
     "dtaps": lambda x, taps: (
         torch.ops.sgconvnext.toeplitz_conv_dtaps,
-        (x.detach(), x.detach() + 1, taps.shape[1]),
+        (x, x + 1, taps.shape[1]),
     ),
 }
 
@@ -325,7 +325,7 @@ OPERATORS = {
 @pytest.mark.parametrize("length", [1, 20])
 def test_operators_pass_torchs_own_checks(length: int, causal: bool, operator: str) -> None:
     x, taps, _, _ = here(length, causal, torch.bfloat16)
-    function, arguments = OPERATORS[operator](x.clone().requires_grad_(), taps.clone().requires_grad_())
+    function, arguments = OPERATORS[operator](x, taps)
     torch.library.opcheck(function.default, arguments)
 
 
@@ -353,18 +353,41 @@ def test_layer_compiles_without_a_graph_break_under_autocast() -> None:
         assert torch.equal(compiled(x), layer(x))
 
 
-def test_second_derivative_is_refused() -> None:
-    x, taps, _, _ = here(7, False, torch.bfloat16)
-    x, taps = x.clone().requires_grad_(), taps.clone().requires_grad_()
-    (dx,) = torch.autograd.grad(long_conv(x, taps, "triton").square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+@each_half
+@each_side
+def test_second_derivatives_are_close_to_the_definitions(causal: bool, dtype: torch.dtype) -> None:
+    def product(x: Tensor, taps: Tensor, backend: str) -> list[Tensor]:
+        x, taps = x.clone().requires_grad_(), taps.clone().requires_grad_()
+        y = long_conv(x, taps / 20, backend)
+        first = torch.autograd.grad(y.double().pow(3).sum(), [x, taps], create_graph=True)
+        return list(torch.autograd.grad(sum(t.double().square().sum() for t in first), [x, taps]))
+
+    x, taps, _, _ = here(20, causal, dtype)
+    want = product(x.double(), taps.double(), "reference")
+    for got, exact in zip(product(x, taps, "triton"), want, strict=True):
+        assert exact.norm() > 0
+        assert relative_error(got, exact) <= 3e-2
+
+
+def test_transforms_of_torch_func_are_close_to_the_definitions() -> None:
+    x, taps, _, _ = here(20, False, torch.float16)
+
+    def mapped(x: Tensor, taps: Tensor, backend: str) -> tuple[Tensor, ...]:
+        def loss(x: Tensor, taps: Tensor) -> Tensor:
+            return long_conv(x, taps, backend).double().square().sum()
+
+        per_sample = torch.vmap(torch.func.grad(loss, (0, 1)), (0, None))(x[:, None], taps)
+        return (*per_sample, torch.func.jvp(loss, (x, taps), (x, taps))[1])
+
+    want = mapped(x.double(), taps.double(), "reference")
+    for got, exact in zip(mapped(x, taps, "triton"), want, strict=True):
+        assert relative_error(got, exact) <= 1e-2
 
 
 @each_side
 def test_autograd_saves_x_and_taps_only(causal: bool) -> None:
     x, taps, _, _ = here(196, causal, torch.bfloat16)
-    assert saved_bytes(x, taps, triton_toeplitz.long_conv) == x.nbytes + taps.nbytes
+    assert saved_bytes(x, taps, BACKENDS["triton"]) == x.nbytes + taps.nbytes
 
 
 # Dtypes, autocast, devices

@@ -320,13 +320,33 @@ def test_residual_is_a_well_behaved_operator(gamma: bool, keep: bool) -> None:
         torch.library.opcheck(triton_block._residual_gradients, operands)
 
 
-def test_second_derivative_is_refused() -> None:
-    norm = Norm.random((1, 3, 4), torch.float32, torch.float32)
-    x = norm.x.requires_grad_()
-    y = layer_norm_channels_last(x, norm.weight, norm.bias, EPS)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        dx.sum().backward()
+def second(of: Tensor, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
+    """Derivatives of a number made of first derivatives, which need the second ones of every input."""
+    first = torch.autograd.grad(of, inputs, dy, create_graph=True)
+    return list(torch.autograd.grad(sum((t.double() * (t.double() + 1)).sum() for t in first), [*inputs, dy]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_second_derivatives_of_the_norm_match_definition(dtype: torch.dtype) -> None:
+    norm = Norm.random((2, 5, 7), dtype, dtype)
+    ours = [tensor.detach().requires_grad_() for tensor in norm]
+    exact = [tensor.detach().double().requires_grad_() for tensor in norm]
+    got = second(layer_norm_channels_last(*ours[:3], EPS), [ours[0], ours[1]], ours[3])
+    y = F.layer_norm(exact[0].transpose(1, 2), exact[1].shape, exact[1], exact[2], EPS)
+    for name, one, truth in zip(("x", "weight", "dy"), got, second(y, exact[:2], exact[3]), strict=True):
+        assert truth.norm() > 0
+        assert relative_error(one, truth) <= (1e-5 if dtype == torch.float32 else 3e-2), name
+
+
+def test_second_derivatives_of_the_residual_match_definition() -> None:
+    residual = Residual.random((2, 5, 7), torch.float32, torch.float32)
+    ours = [tensor.detach().requires_grad_() for tensor in (residual.y, residual.gamma, residual.dout)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in ours]
+    got = second(scale_residual_channels_first(residual.shortcut, *ours[:2], residual.keep), ours[:2], ours[2])
+    out = residual.shortcut + (exact[0] * exact[1]).transpose(1, 2) * residual.keep[:, None, None]
+    for name, one, truth in zip(("y", "gamma", "dout"), got, second(out, exact[:2], exact[2]), strict=True):
+        assert truth.norm() > 0
+        assert relative_error(one, truth) <= 1e-5, name
 
 
 def run_last(monkeypatch: pytest.MonkeyPatch, program: object, last: int, *operands: object, **constants: int) -> None:

@@ -5,18 +5,22 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from . import dft, fft, reference, toeplitz, triton_toeplitz
-from .choice import choose_backend
+from . import derivatives, dft, fft, reference, toeplitz, triton_toeplitz
+from .choice import choose_backend, choose_matrix_backend
 
+ALGORITHMS = {
+    "fft": fft.ALGORITHM,
+    "toeplitz": toeplitz.ALGORITHM,
+    "triton": triton_toeplitz.ALGORITHM,
+    "dft": dft.ALGORITHM,
+}
 BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "fft": fft.long_conv,
-    "toeplitz": toeplitz.long_conv,
-    "triton": triton_toeplitz.long_conv,
-    "dft": dft.long_conv,
+    **{name: functools.partial(derivatives.long_conv, algorithm=algorithm) for name, algorithm in ALGORITHMS.items()},
     "reference": reference.long_conv,
 }
-
+_PLAIN = {name: algorithm.plain for name, algorithm in ALGORITHMS.items() if algorithm.plain}
 _FREEZE = {"fft": fft.freeze, "toeplitz": toeplitz.freeze}
 
 __all__ = ["BACKENDS", "available_backends", "check_backend", "choose_backend", "freeze", "long_conv"]
@@ -38,7 +42,7 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
 
         y[b, c, t] = sum_{s=0}^{L-1} K[c, t - s] x[b, c, s]
 
-    Differentiable in x and in the taps by ordinary backward, once (not by torch.func).
+    Differentiable in x and in the taps to any order, backward and forward, and by torch.func; compiled, once backward.
 
     Args:
         x: signal (B, C, L), floating point.
@@ -53,7 +57,8 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
 
     Raises:
         ValueError: unknown backend, x not (B, C, L) in floating point, or taps of another shape; "triton" without
-            the package, for x on no CUDA device, or for x in full precision without autocast.
+            the package, for x on no CUDA device, or for x in full precision without autocast; "fft" in an export by
+            TorchScript to ONNX, which has no FFT that it knows.
     """
     check_backend(backend)
     if x.ndim != 3 or x.shape[2] == 0 or not x.is_floating_point():
@@ -64,7 +69,29 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
             f"taps are {tuple(taps.shape)}; x {tuple(x.shape)} needs ({channels}, {2 * length - 1}), or "
             f"({channels}, {length}) for a causal convolution"
         )
-    return BACKENDS[choose_backend(x) if backend == "auto" else backend](x, taps)
+    if not is_recorded():
+        return BACKENDS[choose_backend(x) if backend == "auto" else backend](x, taps)
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        if backend == "fft":
+            raise ValueError(
+                "backend 'fft' cannot be exported to ONNX with dynamo=False, which has no FFT; build the model with "
+                "backend='auto' or 'dft', or export it with dynamo=True"
+            )
+        backend = choose_matrix_backend(x) if backend == "auto" else backend
+    backend = choose_backend(x) if backend == "auto" else backend
+    return _PLAIN.get(backend, BACKENDS[backend])(x, taps)
+
+
+def is_recorded() -> bool:
+    """Whether something writes down the operators that run, to run them again: jit.trace, torch.export, make_fx."""
+    if torch.compiler.is_compiling() and not _is_exporting():
+        return False
+    return torch.jit.is_tracing() or _is_exporting() or get_proxy_mode() is not None
+
+
+def _is_exporting() -> bool:
+    asked = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 has it not, and runs what it compiles
+    return asked is not None and asked()
 
 
 def freeze(taps: Tensor, length: int, dtype: torch.dtype, backend: str) -> Callable[[Tensor], Tensor]:

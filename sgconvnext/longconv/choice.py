@@ -22,3 +22,8 @@ def choose_backend(x: Tensor) -> str:
         if x.device.type == device and (images is None or x.shape[0] <= images):
             return "toeplitz" if x.shape[2] <= (half_length if x.itemsize < 4 else float_length) else "fft"
     return "fft"
+
+
+def choose_matrix_backend(x: Tensor) -> str:
+    """What backend="auto" runs where there is no FFT: "toeplitz" or "dft", by the products that they take."""
+    return "toeplitz" if x.shape[2] <= 64 else "dft"

@@ -11,16 +11,20 @@ a frequency beside each other and its weight in both transforms, it is
     y = W^T M W x        W (2n, n) with W^T W = 1;  M one (2b, 2b) matrix for each of n frequencies
 
 and dM = (W x)^T (W dy), summed over the batch. dx is the convolution of dy with the taps of the opposite lags.
+
+Products are in the dtype of x; under autocast x is cast, as for any convolution. In half precision x, taps and dy are
+rounded once more after their transforms: y, dx and dtaps are 4e-3 off in bfloat16 and 5e-4 in float16, where one
+rounding of the taps and y makes 2.4e-3 and 3e-4. float32 is TF32 only if torch is told so:
+torch.backends.cuda.matmul.allow_tf32, or torch.set_float32_matmul_precision.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .algorithm import Algorithm
 from .precision import full_precision, product_dtype, without_autocast
 from .products import channel_chunks, multiply_into
 from .toeplitz import antidiagonal_sums
@@ -61,7 +65,7 @@ class _Plan:
     """What forward and backward compute with, and the steps that they share."""
 
     def __init__(self, x: Tensor, taps: Tensor) -> None:
-        self.length, self.num_taps = x.shape[-1], taps.shape[-1]
+        self.length, self.num_taps = int(x.shape[-1]), int(taps.shape[-1])
         self.blocks, self.size = block_shape(self.length)
         self.dtype, self.exact = x.dtype, full_precision(x.dtype)
         self.waves = _waves(self.blocks, self.exact, x.device)
@@ -121,45 +125,54 @@ class _Plan:
         return taps.flatten(1)[:, self.before : self.before + self.num_taps]
 
 
-class _DFTConv(torch.autograd.Function):
-    """Saves x and the taps only; spectra and matrices are built again in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, taps: Tensor) -> Tensor:
-        ctx.save_for_backward(x, taps)
-        with without_autocast(x):
-            plan = _Plan(x, taps)
-            y = torch.empty_like(x)
-            for chunk in plan.chunks:
-                spectrum = plan.spectrum(plan.split(x[:, chunk]).flip(-1), x.shape[0])
-                y[:, chunk] = plan.convolve(spectrum, plan.taps[chunk])
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, taps = ctx.saved_tensors
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dtaps = torch.empty_like(taps) if ctx.needs_input_grad[1] else None
-        with without_autocast(x):
-            plan, dy = _Plan(x, taps), dy.to(x.dtype)
-            for chunk in plan.chunks:
-                reverse = plan.spectrum(plan.split(dy[:, chunk]).flip(-1), x.shape[0])
-                if dx is not None:  # the lags change their signs
-                    dx[:, chunk] = plan.convolve(reverse, plan.taps[chunk].flip(-1))
-                if dtaps is not None:
-                    dtaps[chunk] = plan.correlate(plan.spectrum(plan.split(x[:, chunk]), x.shape[0]), reverse)
-        return dx, dtaps
-
-
-def long_conv(x: Tensor, taps: Tensor) -> Tensor:
-    """Same contract as reference.long_conv; products in the dtype of x. Under autocast x is cast, as for any conv.
-
-    In half precision x, taps and dy are rounded once more after their transforms: y, dx and dtaps are 4e-3 off in
-    bfloat16 and 5e-4 in float16, where one rounding of the taps and y makes 2.4e-3 and 3e-4. float32 is TF32 only if
-    torch is told so: torch.backends.cuda.matmul.allow_tf32, or torch.set_float32_matmul_precision.
-    """
-    if x.shape[0] == 0:  # whose blocks cannot be told apart
-        return (x * taps.sum(1)[:, None]).to(product_dtype(x))
-    y: Tensor = _DFTConv.apply(x.to(product_dtype(x)), taps)
+def _conv(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
+    with without_autocast(x):
+        plan = _Plan(x, taps)
+        y = torch.empty_like(x)
+        for chunk in plan.chunks if len(x) else []:  # the blocks of no image cannot be told apart
+            own = plan.taps[chunk]
+            spectrum = plan.spectrum(plan.split(x[:, chunk]).flip(-1), x.shape[0])
+            y[:, chunk] = plan.convolve(spectrum, own.flip(-1) if adjoint else own)  # the lags change their signs
     return y
+
+
+def _correlate(x: Tensor, dy: Tensor, num_taps: int, dx: Tensor | None = None, taps: Tensor | None = None) -> Tensor:
+    """The gradient of the taps; that of x is written into dx, if it is given together with the taps."""
+    dtaps = torch.zeros(x.shape[1], num_taps, dtype=full_precision(x.dtype), device=x.device)
+    with without_autocast(x):
+        plan = _Plan(x, dtaps if taps is None else taps)
+        for chunk in plan.chunks if len(x) else []:
+            reverse = plan.spectrum(plan.split(dy[:, chunk]).flip(-1), x.shape[0])
+            if dx is not None:
+                dx[:, chunk] = plan.convolve(reverse, plan.taps[chunk].flip(-1))
+            dtaps[chunk] = plan.correlate(plan.spectrum(plan.split(x[:, chunk]), x.shape[0]), reverse)
+    return dtaps
+
+
+def _gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Both at once transform dy once."""
+    dx = torch.empty_like(x)
+    return dx, _correlate(x, dy, taps.shape[1], dx, taps)
+
+
+def _plain(x: Tensor, taps: Tensor) -> Tensor:
+    """Products of matrices only, for runtimes without an FFT."""
+    length, x = int(x.shape[-1]), x.to(product_dtype(x))
+    with without_autocast(x):
+        plan = _Plan(x, taps)
+        n, size = plan.blocks, plan.size
+        block = torch.arange(2 * n - 1, device=x.device)[:, None] * size
+        lags = plan.taps[:, block + torch.arange(2 * size - 1, device=x.device)]  # (C, 2n-1, 2b-1)
+        response = torch.matmul(plan.waves, lags).to(x.dtype).unflatten(1, (n, 2))
+        sample = torch.arange(size, device=x.device)
+        parts = response[..., sample[None, :] - sample[:, None] + size - 1]  # (C, n, 2, b, b) of T_d, transformed
+        real, imaginary = parts[:, :, 0], parts[:, :, 1]
+        matrix = torch.cat([torch.cat([real, imaginary], -1), torch.cat([-imaginary, real], -1)], -2)
+        blocks = F.pad(x, (0, plan.margin)).unflatten(-1, (n, size))
+        spectrum = torch.matmul(plan.transform, blocks).flatten(-2).unflatten(-1, (n, 2 * size))
+        product = torch.matmul(spectrum.permute(1, 2, 0, 3), matrix).permute(2, 0, 1, 3)
+        y = torch.matmul(plan.transform.mT, product.flatten(-2).unflatten(-1, (2 * n, size)))
+        return y.flatten(-2)[..., :length]
+
+
+ALGORITHM = Algorithm(_conv, _correlate, _gradients, prepare=lambda x: x.to(product_dtype(x)), plain=_plain)

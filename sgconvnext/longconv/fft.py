@@ -1,12 +1,11 @@
 """Long convolution by real FFT: O(L log L), in float32 (float64 for float64) whatever the dtype of x."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .algorithm import Algorithm
 from .precision import full_precision, without_autocast
 
 # Bytes of padded signals that are transformed at a time. On a CPU a piece and its spectrum should stay in the cache:
@@ -37,11 +36,13 @@ def _spectrum(taps: Tensor, length: int) -> Tensor:
     """Transform of the taps in circular order: lag 0 first, the negative lags at the end."""
     behind = taps.shape[-1] - length  # negative lags
     gap = taps.new_zeros(taps.shape[0], fft_length(length) - taps.shape[-1])
+    if behind == 0:
+        return torch.fft.rfft(torch.cat([taps, gap], dim=1))
     return torch.fft.rfft(torch.cat([taps[:, behind:], gap, taps[:, :behind]], dim=1))
 
 
 def plain_long_conv(x: Tensor, taps: Tensor) -> Tensor:
-    """Same contract as reference.long_conv in plain operators: for TorchScript and torch.func, blind to `_FFTConv`."""
+    """Same contract as reference.long_conv in operators that write nowhere: for TorchScript, and for what traces."""
     length = x.shape[-1]
     n = fft_length(length)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -84,42 +85,65 @@ def freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor], 
     return lambda x: _convolve(x, spectrum.__getitem__)
 
 
-class _FFTConv(torch.autograd.Function):
-    """Saves x and the taps only; autograd through the plain operators would keep two spectra, four times as much."""
+def _conv(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
+    dtype = full_precision(x.dtype)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, taps: Tensor) -> Tensor:
-        ctx.save_for_backward(x, taps)
-        dtype = full_precision(x.dtype)
-        with without_autocast(x):
-            return _convolve(x, lambda channels: _spectrum(taps[channels].to(dtype), x.shape[-1]))
+    def spectrum_of(channels: slice) -> Tensor:
+        spectrum = _spectrum(taps[channels].to(dtype), x.shape[-1])
+        return spectrum.conj() if adjoint else spectrum
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, taps = ctx.saved_tensors
-        length, num_taps = x.shape[-1], taps.shape[-1]
-        n, dtype = fft_length(length), full_precision(x.dtype)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dtaps = torch.zeros_like(taps) if ctx.needs_input_grad[1] else None  # zero without images
-        with without_autocast(x):
-            for channels, pieces in _pieces(x):
-                taps_spectrum = _spectrum(taps[channels].to(dtype), length).conj() if dx is not None else None
-                correlation: Tensor | None = None
-                for images in pieces:
-                    dy_spectrum = torch.fft.rfft(dy[images, channels].to(dtype), n)
-                    if dx is not None:
-                        dx[images, channels] = torch.fft.irfft(dy_spectrum * taps_spectrum, n)[..., :length]
-                    if dtaps is not None:
-                        product = dy_spectrum.mul_(torch.fft.rfft(x[images, channels].to(dtype), n).conj()).sum(0)
-                        correlation = product if correlation is None else correlation.add_(product)
-                if dtaps is not None and correlation is not None:
-                    by_lag = torch.fft.irfft(correlation, n).roll(num_taps - length, -1)
-                    dtaps[channels] = by_lag[..., :num_taps]
-        return dx, dtaps
+    with without_autocast(x):
+        return _convolve(x, spectrum_of)
 
 
-def long_conv(x: Tensor, taps: Tensor) -> Tensor:
-    """Same contract as reference.long_conv; float32 inside (float64 for float64)."""
-    y: Tensor = _FFTConv.apply(x, taps)
-    return y
+def _correlate(x: Tensor, dy: Tensor, num_taps: int, dx: Tensor | None = None, taps: Tensor | None = None) -> Tensor:
+    """The gradient of the taps; that of x is written into dx, if it is given together with the taps."""
+    length = x.shape[-1]
+    n, dtype = fft_length(length), full_precision(x.dtype)
+    dtaps = torch.zeros(x.shape[1], num_taps, dtype=dtype, device=x.device)  # zero without images
+    with without_autocast(x):
+        for channels, pieces in _pieces(x):
+            spectrum = None if taps is None else _spectrum(taps[channels].to(dtype), length).conj()
+            correlation: Tensor | None = None
+            for images in pieces:
+                transformed = torch.fft.rfft(dy[images, channels].to(dtype), n)
+                if dx is not None:
+                    dx[images, channels] = torch.fft.irfft(transformed * spectrum, n)[..., :length]
+                product = transformed.mul_(torch.fft.rfft(x[images, channels].to(dtype), n).conj()).sum(0)
+                correlation = product if correlation is None else correlation.add_(product)
+            if correlation is not None:
+                dtaps[channels] = torch.fft.irfft(correlation, n).roll(num_taps - length, -1)[..., :num_taps]
+    return dtaps
+
+
+def _gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Both at once transform dy once."""
+    dx = torch.empty_like(x)
+    return dx, _correlate(x, dy, taps.shape[1], dx, taps)
+
+
+ALGORITHM = Algorithm(_conv, _correlate, _gradients, plain=plain_long_conv)
+
+
+def _plain_conv(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
+    if not adjoint:
+        return plain_long_conv(x, taps)
+    length, dtype = x.shape[-1], full_precision(x.dtype)
+    n = fft_length(length)
+    product = torch.fft.rfft(x.to(dtype), n) * _spectrum(taps.to(dtype), length).conj_physical()
+    return torch.fft.irfft(product, n)[..., :length].to(x.dtype)
+
+
+def _plain_correlate(x: Tensor, dy: Tensor, num_taps: int) -> Tensor:
+    length, dtype = x.shape[-1], full_precision(x.dtype)
+    n = fft_length(length)
+    product = torch.fft.rfft(dy.to(dtype), n) * torch.fft.rfft(x.to(dtype), n).conj_physical()
+    by_lag = torch.fft.irfft(product.sum(0), n)
+    return torch.cat([by_lag[:, n + length - num_taps :], by_lag[:, :length]], dim=1)
+
+
+def _plain_gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return _plain_conv(dy, taps, True), _plain_correlate(x, dy, taps.shape[1])
+
+
+PLAIN = Algorithm(_plain_conv, _plain_correlate, _plain_gradients)

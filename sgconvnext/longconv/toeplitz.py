@@ -1,13 +1,16 @@
-"""Long convolution as one matrix product per channel: O(L^2), but at matrix-multiply speed; good for short lengths."""
+"""Long convolution as one matrix product per channel: O(L^2), but at matrix-multiply speed; good for short lengths.
+
+Products are in the dtype of x; the gradient of the taps is summed in float32. The matrix is L times larger than the
+taps, so it is not kept but built again in backward.
+"""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .algorithm import Algorithm
 from .precision import full_precision, without_autocast
 from .products import channel_chunks, multiply_into
 
@@ -85,31 +88,23 @@ def freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor], 
     return convolve
 
 
-class _ToeplitzConv(torch.autograd.Function):
-    """Saves x and the taps only; the matrix is L times larger than the taps and is built again in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, taps: Tensor) -> Tensor:
-        ctx.save_for_backward(x, taps)
-        with without_autocast(x):
-            return _convolve(x, _two_sided(taps.to(x.dtype), x.shape[-1]))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, taps = ctx.saved_tensors
-        length, num_taps = x.shape[-1], taps.shape[-1]
-        dx = dtaps = None
-        with without_autocast(x):
-            dy = dy.to(x.dtype)
-            if ctx.needs_input_grad[0]:
-                dx = _convolve(dy, _two_sided(taps.to(x.dtype), length), adjoint=True)
-            if ctx.needs_input_grad[1]:
-                dtaps = _correlate(x, dy)[:, 2 * length - 1 - num_taps :].to(taps.dtype)
-        return dx, dtaps
+def _conv(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
+    with without_autocast(x):
+        return _convolve(x, _two_sided(taps.to(x.dtype), x.shape[-1]), adjoint=adjoint)
 
 
-def long_conv(x: Tensor, taps: Tensor) -> Tensor:
-    """Same contract as reference.long_conv; products in the dtype of x, the taps' gradient summed in float32."""
-    y: Tensor = _ToeplitzConv.apply(x, taps)
-    return y
+def _gradient_of_taps(x: Tensor, dy: Tensor, num_taps: int) -> Tensor:
+    with without_autocast(x):
+        return _correlate(x, dy)[:, 2 * x.shape[-1] - 1 - num_taps :]
+
+
+def _plain(x: Tensor, taps: Tensor) -> Tensor:
+    """Same contract as reference.long_conv in operators that write nowhere, for what traces."""
+    length = int(x.shape[-1])
+    with without_autocast(x):
+        lag = torch.arange(length, device=x.device)[None, :] - torch.arange(length, device=x.device)[:, None]
+        matrix = _two_sided(taps.to(x.dtype), length)[:, lag + length - 1]  # (C, s, t)
+        return torch.matmul(x.transpose(0, 1), matrix).transpose(0, 1)
+
+
+ALGORITHM = Algorithm(_conv, _gradient_of_taps, plain=_plain)

@@ -1,13 +1,17 @@
-"""Long convolution on a GPU's tensor cores: a Toeplitz matrix product whose matrix is never built. O(L^2)."""
+"""Long convolution on a GPU's tensor cores: a Toeplitz matrix product whose matrix is never built. O(L^2).
+
+For x in half precision on a CUDA device; taps are rounded to its dtype. Sums are in float32, always in the same order.
+Under autocast x is cast as a convolution's input is, and y has that dtype. Each length and number of channels is
+compiled when it is first seen, which takes seconds.
+"""
 
 import importlib.util
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .algorithm import Algorithm
 from .precision import product_dtype
 from .tiles import conv_tile, dtaps_tile
 
@@ -29,11 +33,8 @@ def refusal(x: Tensor) -> str | None:
     return None
 
 
-def long_conv(x: Tensor, taps: Tensor) -> Tensor:
-    """Same contract as reference.long_conv for x in half precision on a CUDA device; taps rounded to its dtype.
-
-    Sums are in float32, always in the same order. Under autocast x is cast as a convolution's input is, and y has that
-    dtype. Each length and number of channels is compiled when it is first seen, which takes seconds.
+def _prepare(x: Tensor) -> Tensor:
+    """x in half precision, contiguous.
 
     Raises:
         ValueError: no triton, x not on a CUDA device, or x in full precision without autocast.
@@ -41,9 +42,7 @@ def long_conv(x: Tensor, taps: Tensor) -> Tensor:
     if reason := refusal(x):
         raise ValueError(reason)
     # casting and laying out in one pass; nothing happens to what is right already
-    x = x.to(product_dtype(x), memory_format=torch.contiguous_format).contiguous()
-    y: Tensor = _conv(x, taps.float())
-    return y
+    return x.to(product_dtype(x), memory_format=torch.contiguous_format).contiguous()
 
 
 @torch.library.custom_op("sgconvnext::toeplitz_conv", mutates_args=())
@@ -87,17 +86,20 @@ def _(dy: Tensor, x: Tensor, num_taps: int) -> Tensor:
     return x.new_empty((x.shape[1], num_taps), dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _convolve(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
+    x, taps = x.contiguous(), taps.float()
+    y: Tensor = _conv_dx(x, taps) if adjoint else _conv(x, taps)
+    return y
 
 
-@once_differentiable
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    x, taps = ctx.saved_tensors
+def _correlate(x: Tensor, dy: Tensor, num_taps: int) -> Tensor:
+    dtaps: Tensor = _conv_dtaps(dy.contiguous(), x, num_taps)
+    return dtaps
+
+
+def _gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     dy = dy.contiguous()  # once for both
-    dx = _conv_dx(dy, taps) if ctx.needs_input_grad[0] else None
-    dtaps = _conv_dtaps(dy, x, taps.shape[1]) if ctx.needs_input_grad[1] else None
-    return dx, dtaps
+    return _convolve(dy, taps, True), _correlate(x, dy, taps.shape[1])
 
 
-_conv.register_autograd(_backward, setup_context=_save)
+ALGORITHM = Algorithm(_convolve, _correlate, _gradients, _prepare)
