@@ -42,7 +42,8 @@ def multiscale_kernel(weight: Tensor, length: int, decay: str, alpha: tuple[floa
         channels = weight.shape[2]
         inverse = torch.linspace(1 / alpha[0], 1 / alpha[1], channels, device=weight.device, dtype=weight.dtype)
         scale = torch.arange(weight.shape[1], device=weight.device)
-        weight = weight / inverse[:, None] ** scale[:, None, None]
+        factor = inverse[:, None] ** scale[:, None, None]
+        weight = weight / factor.to(weight.dtype)  # which it has, but not in ONNX, where linspace is float64
     size = weight.shape[3]
     scales = [weight[:, 0]]
     end = size

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module, to_2tuple
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -119,7 +119,7 @@ class _MultiScaleKernel(nn.Module):
             if self.init == "normal":
                 self.weight.normal_()
             else:
-                self.weight.copy_(_cosines(self.weight))
+                self.weight.copy_(_placed_like(self.weight, _cosines(self.weight)))
             self.skip.normal_()
             self.kernel_norm.copy_(self._norm())
 
@@ -134,7 +134,8 @@ class _MultiScaleKernel(nn.Module):
     def _norm(self) -> Tensor:
         """The L2 norm of every kernel before it is divided by kernel_norm."""
         with torch.no_grad():
-            groups = [self._multiscale(self.weight[:, :, a:b], self._alpha_of(a, b)) for a, b in self._groups()]
+            weight = _whole(self.weight)
+            groups = [self._multiscale(weight[:, :, a:b], self._alpha_of(a, b)) for a, b in self._groups()]
             return torch.cat([kernel_norm(group) for group in groups], dim=1)
 
     def _groups(self) -> list[tuple[int, int]]:
@@ -219,7 +220,6 @@ class _MultiScaleKernel(nn.Module):
             self.taps = taps
             self.eval()
 
-    @torch.jit.unused
     def train(self, mode: bool = True) -> Any:
         """As of any module; a reparameterized layer refuses to train."""
         if mode:
@@ -259,6 +259,21 @@ class _MultiScaleKernel(nn.Module):
         )
 
 
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter, or all of one whose shards lie on several processes (FSDP2's DTensor)."""
+    whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole
+
+
+def _placed_like(parameter: Any, values: Tensor) -> Tensor:
+    """Values, or this process's shard of those of the first one."""
+    if not hasattr(parameter, "full_tensor"):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(values, parameter.device_mesh, parameter.placements)
+
+
 def _cosines(weight: Tensor) -> Tensor:
     """cos(2 pi f j / d) with a random frequency f out of 0 .. C-1 per channel, direction and scale."""
     directions, scales, channels, scale_dim = weight.shape
@@ -281,6 +296,17 @@ def _check_input(x: Tensor, channels: int, layout: str) -> None:
         raise ValueError(f"x is {tuple(x.shape)}: it has no token; this layer needs at least one")
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}; this layer takes floating point: convert it with x.float()")
+
+
+def _of_one_size(x: Tensor) -> Tensor:
+    """x. A trace is of one size: at any other it has to fail, and not to convolve something else."""
+    return x.expand(-1, -1, *map(int, x.shape[2:])) if torch.jit.is_tracing() else x
+
+
+def _record_whole(layer: nn.Module, x: fx.Proxy, **options: Any) -> Any:
+    """A symbolic trace knows no shapes; it records the layer as it does those of torch."""
+    tracer: Any = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), options)
 
 
 @register_notrace_module
@@ -344,8 +370,11 @@ class SGConv(_MultiScaleKernel):
 
     def forward(self, x: Tensor, return_kernel: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Map x (B, C, T), T <= L, to y of the same shape and dtype; with return_kernel also k (directions, C, T)."""
+        if isinstance(x, fx.Proxy):
+            return _record_whole(self, x, return_kernel=return_kernel)
         _check_input(x, self.channels, "B, C, L")
-        length = self._reach(x.shape[-1])
+        x = _of_one_size(x)
+        length = self._reach(int(x.shape[-1]) if torch.jit.is_tracing() else x.shape[-1])
         if return_kernel:
             kernel = self.kernel()[..., :length]
             return long_conv(x, lag_taps(kernel, self.skip), self.backend), kernel
@@ -515,7 +544,10 @@ class SGConv2d(_MultiScaleKernel):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, H, W) to y of the same shape and dtype."""
         if not torch.jit.is_scripting():
+            if isinstance(x, fx.Proxy):
+                return _record_whole(self, x)
             _check_input(x, self.channels, "B, C, H, W")
+            x = _of_one_size(x)
         size = (x.shape[2], x.shape[3])
         if self.dilation > 1:
             x = _split_phases(x, self.dilation)

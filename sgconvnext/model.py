@@ -15,7 +15,7 @@ from timm.layers import (
 )
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices  # what every timm model uses; timm exports it nowhere else
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .block import SGConvNeXtBlock
 from .layer import SGConv2d
@@ -24,6 +24,7 @@ STEM_STRIDE = 4
 MIN_SIZE = 32  # pixels: one token is left in the last stage
 
 
+@fx.wrap
 @register_notrace_function
 def stem_input(x: Tensor, in_chans: int, min_size: int = MIN_SIZE) -> Tensor:  # TorchScript sees no globals
     """Images as the stem takes them; refuse what no stage can take.
@@ -225,7 +226,6 @@ class SGConvNeXt(nn.Module):
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
-    @torch.jit.unused
     def train(self, mode: bool = True) -> Any:
         """As of any module; if a layer is reparameterized, refuse before any is changed."""
         if mode:

@@ -18,8 +18,12 @@ from helpers import BACKENDS_HERE, mixers, refused, relative_error, small_model
 from timm.models import create_feature_extractor, group_parameters
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from sgconvnext import SGConv
 from sgconvnext.block import SGConvNeXtBlock
+from sgconvnext.kernel import multiscale_kernel
 from sgconvnext.longconv import BACKENDS
 from sgconvnext.registry import SIZES
 
@@ -305,6 +309,37 @@ def test_init_weights_completes_a_model_from_the_meta_device() -> None:
         assert relative_error(length, torch.ones_like(length)) <= 1e-6
     assert all((block.gamma == 0.25).all() for stage in model.stages for block in stage.blocks)
     assert model(images()).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators")
+@pytest.mark.usefixtures("_process_group")
+def test_init_weights_completes_a_model_that_is_sharded_on_the_meta_device() -> None:
+    model = small_model(device="meta")
+    mesh = init_device_mesh("cpu", (1,))
+    for stage in model.stages:
+        for block in stage.blocks:
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh).to_empty(device="cpu")
+    for value in model.state_dict().values():
+        value.fill_(float("nan"))
+    model.init_weights()
+    for layer in mixers(model):
+        whole = layer.weight.full_tensor()
+        assert 0.5 < whole.std() < 1.5
+        kernel = multiscale_kernel(whole, layer.length, layer.decay, layer.alpha, layer.exponent) / layer.kernel_norm
+        assert relative_error(kernel.norm(dim=-1), torch.ones_like(kernel[..., 0])) <= 1e-6
+    model.train()(images()).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_cosine_init_fills_a_sharded_layer() -> None:
+    layer = SGConv(6, 16, scale_dim=4, init="cosine")
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    with torch.no_grad():
+        layer.weight.zero_()
+    layer.reset_parameters()
+    assert (layer.weight.full_tensor()[..., 0] == 1).all()  # cos 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -39,7 +39,7 @@ def long_conv(x: Tensor, taps: Tensor, algorithm: Algorithm) -> Tensor:
 
 
 def _forward_mode() -> bool:
-    """Whether forward mode is on, torch.func's or another. Then plain operators run, which torch itself differentiates.
+    """Whether forward mode is on, torch.func's or another. Then plain operators run, which torch differentiates.
 
     A Function may have a rule for forward mode (jvp). But torch runs that rule with forward mode off, at every level:
     of two nested forward derivatives the second then silently lacks terms.

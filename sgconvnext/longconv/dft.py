@@ -56,8 +56,7 @@ def _waves(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _isometry(waves: Tensor) -> Tensor:
     """W (2n, n) of `_waves`: frequency 0 counts once, the others for their mirror images too."""
     n = waves.shape[0] // 2
-    energy = torch.full((2 * n, 1), 2 / (2 * n - 1), dtype=waves.dtype, device=waves.device)
-    energy[:2] /= 2
+    energy = torch.cat([waves.new_full((2, 1), 1 / (2 * n - 1)), waves.new_full((2 * n - 2, 1), 2 / (2 * n - 1))])
     return waves[:, n - 1 :] * energy.sqrt()
 
 
@@ -171,7 +170,7 @@ def _plain(x: Tensor, taps: Tensor) -> Tensor:
         blocks = F.pad(x, (0, plan.margin)).unflatten(-1, (n, size))
         spectrum = torch.matmul(plan.transform, blocks).flatten(-2).unflatten(-1, (n, 2 * size))
         product = torch.matmul(spectrum.permute(1, 2, 0, 3), matrix).permute(2, 0, 1, 3)
-        y = torch.matmul(plan.transform.mT, product.flatten(-2).unflatten(-1, (2 * n, size)))
+        y = torch.matmul(plan.transform.transpose(0, 1), product.flatten(-2).unflatten(-1, (2 * n, size)))
         return y.flatten(-2)[..., :length]
 
 
