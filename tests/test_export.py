@@ -153,7 +153,7 @@ def test_checkpoint_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with refused("best.pth", "model.num_classes=null"):
         export_checkpoint(path, str(folder))
     change(path, args=tree | {"model": tree["model"] | {"num_classes": 4}})
-    with refused("best.pth", "another architecture", "head.fc.weight"):
+    with refused("best.pth", "head.fc.weight", "of 3 classes, the model of 4"):
         export_checkpoint(path, str(folder))
     change(path, args=None, epoch=None)
     with refused("best.pth", "lacks args, epoch", "not written by train.py"):
