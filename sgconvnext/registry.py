@@ -1,6 +1,7 @@
 """Sizes, configurations and entry points: importing this module registers SGConvNeXt with timm."""
 
 import difflib
+import functools
 import inspect
 from typing import Any
 
@@ -8,6 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
 from .model import SGConvNeXt
+from .pretrained import checkpoint_filter_fn
 
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "atto": {"depths": (2, 2, 6, 2), "dims": (40, 80, 160, 320)},
@@ -92,6 +94,7 @@ def _build(size: str, pretrained: bool, **kwargs: Any) -> SGConvNeXt:
         SGConvNeXt,
         name,
         pretrained,
+        pretrained_filter_fn=functools.partial(checkpoint_filter_fn, strict=kwargs.get("pretrained_strict", True)),
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
         **(SIZES[size] | kwargs),
     )
