@@ -61,8 +61,8 @@ def recorded(state: dict[str, Any]) -> Recorded | None:
         given = dict(getattr(args, "model_kwargs", None) or {})
         return Recorded(state["arch"], given, given.get("img_size"))
     exported = state.get("metadata", {})
-    if "model_args" in exported:
-        given = json.loads(exported["model_args"])
+    if "timm_model_args" in exported:  # of sgconvnext.export
+        given = json.loads(exported["timm_model_args"])
         return Recorded(exported["arch"], given, given.get("img_size"))
     return None
 
