@@ -54,7 +54,7 @@ def _started(config: Config, arguments: dict[str, Any]) -> Any:
     built = before.img_size if before and wanted else None
     model: Any = from_timm(knobs.name, arguments | ({"img_size": built} if built else {}), "model.name=")
     if before:
-        before.refuse_another(model, knobs.name, knobs.kwargs, path)
+        before.refuse_another(model, knobs.name, knobs.kwargs, path, knobs.new_head)
     skip = fit.classifiers(model) if knobs.new_head else ()
     checkpoint.load_weights(model, checkpoint.weights(state, knobs.checkpoint_ema, path), path, skip)
     if built and wanted and to_2tuple(built) != to_2tuple(wanted):

@@ -29,9 +29,9 @@ def refuse_misfit(model: nn.Module, found: Mapping[str, Any], place: str, skip: 
     def kept(tensors: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in tensors.items() if not any(_within(key, name) for name in skip)}
 
-    own, given = kept(model.state_dict()), kept(found)
-    told = _no_tensors(given)
+    told = _no_tensors(found)
     if not told:
+        own, given = kept(model.state_dict()), kept(found)
         shapes = [{key: value.shape for key, value in tensors.items()} for tensors in (own, given)]
         told = next((reason for check in _CHECKS if (reason := check(model, *shapes))), "") or _wrong_numbers(
             own, given
@@ -63,6 +63,8 @@ def _no_tensors(found: Mapping[str, Any]) -> str:
     if not found:
         return "has no weights for this model; name another file"
     for key, value in found.items():
+        if not isinstance(key, str):
+            return f"has {key!r} for the name of a weight; name another file"
         if type(value) not in (Tensor, nn.Parameter):  # a share of a tensor (DTensor) is none either
             return f"holds a {type(value).__name__} under {key!r}, where a tensor belongs; name another file"
         if value.is_meta:
@@ -103,6 +105,11 @@ def _other_mixer(_: Any, own: Shapes, found: Shapes) -> str:
         return (
             "is of a ConvNeXt: its 7x7 convolutions cannot become global ones; name a convnext model, or a checkpoint "
             "of an SGConvNeXt"
+        )
+    if mixed(own, "conv_dw") and mixed(found, "dwconv"):
+        return (
+            "has the names of ConvNeXt's own code; let timm convert them: model.pretrained=true "
+            "model.kwargs={pretrained_cfg_overlay: {file: PATH}} in place of model.checkpoint"
         )
     if mixed(own, "conv_dw") and mixed(found, "sgconv"):
         return "is of an SGConvNeXt, the model is a ConvNeXt; name an sgconvnext model"

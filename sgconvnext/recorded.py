@@ -23,13 +23,16 @@ class Recorded(NamedTuple):
     arguments: dict[str, Any]
     img_size: Any
 
-    def refuse_another(self, model: nn.Module, name: str, arguments: dict[str, Any], path: str) -> None:
+    def refuse_another(
+        self, model: nn.Module, name: str, arguments: dict[str, Any], path: str, new_head: bool = False
+    ) -> None:
         """Refuse a model that would take the weights and compute something else with them.
 
         Args:
             model: that is to take them.
             name, arguments: that it was made with.
             path: of the checkpoint.
+            new_head: the classifier is left out, so that it may see features that are pooled otherwise.
 
         Raises:
             ValueError: naming what differs, both values and the cure.
@@ -42,7 +45,8 @@ class Recorded(NamedTuple):
                 f"checkpoint {path!r} was trained as {self.name}, this model is {name}; use model.name={self.name}"
             )
         defaults = {key: each.default for key, each in inspect.signature(type(model).__init__).parameters.items()}
-        for key in sorted((self.arguments.keys() | arguments.keys()) - FREE):
+        free = FREE | {"global_pool"} if new_head else FREE
+        for key in sorted((self.arguments.keys() | arguments.keys()) - free):
             then, here = (_plain(given.get(key, defaults.get(key))) for given in (self.arguments, arguments))
             if then != here and not key.endswith("_drop_rate"):
                 raise ValueError(

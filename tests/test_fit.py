@@ -1,5 +1,6 @@
 """Every way in which weights can fail to fit, each with its own sentence; and nothing fits by accident."""
 
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from copy import deepcopy
@@ -79,6 +80,40 @@ def test_weights_of_a_reparameterized_model_are_told() -> None:
 def test_weights_of_an_sgconvnext_are_no_convnexts() -> None:
     with refused("is of an SGConvNeXt, the model is a ConvNeXt; name an sgconvnext model"):
         loaded(small_model().state_dict(), convnext())
+
+
+def test_names_of_convnexts_own_code_are_left_to_timm(tmp_path: Path) -> None:
+    name = {"model.name": "convnext_atto", "model.kwargs": MICRO}
+    model = build.create_model(micro_config(**name), 10)
+    state = {
+        re.sub(r"stages\.(\d)\.blocks", r"stages.\1", key)
+        .replace("stem.", "downsample_layers.0.")
+        .replace("conv_dw", "dwconv")
+        .replace("mlp.fc", "pwconv")
+        .replace("head.norm", "norm")
+        .replace("head.fc", "head"): value
+        for key, value in model.state_dict().items()
+    }
+    state = {re.sub(r"stages\.(\d)\.downsample", r"downsample_layers.\1", key): value for key, value in state.items()}
+    torch.save({"model": state}, tmp_path / "a.pth")
+    with refused("a.pth", "names of ConvNeXt's own code", "pretrained_cfg_overlay: {file: PATH}"):
+        build.create_model(micro_config(**name, **{"model.checkpoint": str(tmp_path / "a.pth")}), 10)
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "a.pth"), "num_classes": 10}}
+    cure = {"model.name": "convnext_atto", "model.kwargs": MICRO | overlay, "model.pretrained": True}
+    got = build.create_model(micro_config(**cure), 10)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in got.state_dict().items())
+
+
+def test_other_pooling_is_for_new_heads_only(tmp_path: Path) -> None:
+    path, other = start(tmp_path), {"model.kwargs": MICRO | {"global_pool": "max"}}
+    with refused("best.pth", "global_pool=avg, this model has global_pool=max"):
+        create(path, **other)
+    assert create(path, **other, **{"model.new_head": True})
+
+
+def test_weight_without_a_name_is_refused() -> None:
+    with refused("has 3 for the name of a weight"):
+        checkpoint.load_weights(small_model(), {3: torch.zeros(1)}, "a.pth", ["head.fc"])  # type: ignore[dict-item]
 
 
 def test_prefix_of_another_program_is_named_with_the_line_that_removes_it() -> None:
