@@ -28,7 +28,7 @@ def main() -> None:
         classes = data.num_classes(trained, val, config.model.num_classes)
         model = build.create_model(config, classes, start=False)
         weights = checkpoint.weights(state, args.use_ema, args.checkpoint)
-        checkpoint.load_weights(model, weights, args.checkpoint)
+        build.load_trained(model, config, state, weights, args.checkpoint)
         loader = data.create_eval_loader(val, config, world)
         result = engine.evaluate(model.to(world.device), loader, config, world)
     except (ValueError, OSError) as error:

@@ -3,18 +3,23 @@
 import ast
 import difflib
 import functools
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, fit
 from .config import Augment, Config, from_dict, merge, parse_overrides
 from .errors import one_line
+from .recorded import recorded
+
+_logger = logging.getLogger(__name__)
 
 
 def create_model(config: Config, classes: int, start: bool = True) -> nn.Module:
@@ -28,19 +33,44 @@ def create_model(config: Config, classes: int, start: bool = True) -> nn.Module:
     Raises:
         ValueError: an unknown name, an argument that the model refuses, or weights that do not fit.
     """
-    model: Any = from_timm(config.model.name, _arguments(config, classes, start), "model.name=")
+    arguments = _arguments(config, classes, start)
     if start and config.model.checkpoint:
-        path = config.model.checkpoint
-        found = checkpoint.weights(checkpoint.load(path), config.model.checkpoint_ema, path)
-        checkpoint.load_weights(
-            model, found, path, skip=model.default_cfg["classifier"] if config.model.new_head else ""
-        )
+        model = _started(config, arguments)
+    else:
+        model = from_timm(config.model.name, arguments, "model.name=")
     if config.model.grad_checkpointing:
         model.set_grad_checkpointing()
     if config.model.channels_last:
         model.to(memory_format=torch.channels_last)
     built: nn.Module = model
     return built
+
+
+def _started(config: Config, arguments: dict[str, Any]) -> Any:
+    """The model with the weights of model.checkpoint, resized where they were trained for another image size."""
+    knobs, path, wanted = config.model, config.model.checkpoint, arguments.get("img_size")
+    state = checkpoint.load(path)
+    before = recorded(state)
+    built = before.img_size if before and wanted else None
+    model: Any = from_timm(knobs.name, arguments | ({"img_size": built} if built else {}), "model.name=")
+    if before:
+        before.refuse_another(model, knobs.name, knobs.kwargs, path, knobs.new_head)
+    skip = fit.classifiers(model) if knobs.new_head else ()
+    checkpoint.load_weights(model, checkpoint.weights(state, knobs.checkpoint_ema, path), path, skip)
+    if built and wanted and to_2tuple(built) != to_2tuple(wanted):
+        model.set_input_size(img_size=wanted)
+        _logger.info(
+            "checkpoint %r was trained for %s px: its weights are resized for %s px (the model's set_input_size); "
+            "model.img_size=%s keeps them as they are",
+            *(path, _px(built), _px(wanted), _px(built)),
+        )
+    return model
+
+
+def _px(size: int | Sequence[int]) -> str:
+    """As a knob takes it."""
+    height, width = to_2tuple(size)
+    return f"{height}" if height == width else f"[{height},{width}]"
 
 
 def from_timm(name: str, arguments: dict[str, Any], place: str = "model ") -> nn.Module:
@@ -91,6 +121,8 @@ def _arguments(config: Config, classes: int, start: bool) -> dict[str, Any]:
     clash = sorted({*arguments, "img_size"} & set(model.kwargs))
     if clash:
         raise ValueError(f"model.kwargs sets {', '.join(clash)}, which has a knob of its own")
+    if nulls := [key for key, value in model.kwargs.items() if value is None]:
+        raise ValueError(f"model.kwargs has {nulls[0]}=null, which timm passes on to no model; leave it out")
     if has_input_size(model.name):
         arguments["img_size"] = model.img_size or config.data.img_size
     return arguments | model.kwargs
@@ -105,8 +137,11 @@ def has_input_size(name: str) -> bool:
 
 def run_config(state: dict[str, Any], path: str, overrides: Sequence[str] = ()) -> Config:
     """The configuration of the run that wrote a checkpoint, with dotted overrides."""
+    cure = "it was not written by train.py of SGConvNeXt; start a run of that from it with model.checkpoint"
     if missing := {"args", "epoch"} - set(state):
-        raise ValueError(f"checkpoint {path!r} lacks {', '.join(sorted(missing))}; it was not written by train.py")
+        raise ValueError(f"checkpoint {path!r} lacks {', '.join(sorted(missing))}; {cure}")
+    if not isinstance(state["args"], dict):
+        raise ValueError(f"checkpoint {path!r} has args of another program ({type(state['args']).__name__}); {cure}")
     return from_dict(merge(state["args"], parse_overrides(overrides)), path)
 
 
@@ -122,10 +157,20 @@ def trained_model(state: dict[str, Any], ema: bool, path: str, overrides: Sequen
     config = run_config(state, path, overrides)
     if config.model.num_classes is None:
         raise ValueError(f"checkpoint {path!r} has model.num_classes=null; it was not written by train.py")
-    weights = checkpoint.weights(state, ema, path)
+    found = checkpoint.weights(state, ema, path)
     model = create_model(config, config.model.num_classes, start=False)
-    checkpoint.load_weights(model, weights, path)
+    load_trained(model, config, state, found, path)
     return model, config
+
+
+def load_trained(
+    model: nn.Module, config: Config, state: dict[str, Any], found: dict[str, torch.Tensor], path: str
+) -> None:
+    """Load a run's weights into the model that its configuration, with overrides, makes."""
+    before = recorded(state)
+    if before:
+        before.refuse_another(model, config.model.name, config.model.kwargs, path)
+    checkpoint.load_weights(model, found, path)
 
 
 def create_criterion(augment: Augment) -> nn.Module:

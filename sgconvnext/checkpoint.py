@@ -1,24 +1,28 @@
 """Checkpoint files in timm's keys: written whole or not at all, checked when read, and no code in them is run."""
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import nn
 
+from . import fit, foreign
 from .errors import one_line
 
 _logger = logging.getLogger(__name__)
 
 VERSION = 2  # of timm's checkpoint layout
+MODELS = ("torch.nn.modules.", "timm.models.", "torchvision.models.", "sgconvnext.")
+HARMLESS: list[Any] = [argparse.Namespace]  # as which timm's train.py keeps its command line: values by name, no code
 
 
 class _Hashing:
@@ -115,25 +119,85 @@ def _flush_folder(folder: Path) -> None:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint, or a safetensors file of bare weights, to the CPU; no code in it is run.
+    """Read a checkpoint, or a file of bare weights, to the CPU; no code in it is run.
+
+    Returns:
+        a dictionary with the weights under 'state_dict', and what else the file holds.
 
     Raises:
         ValueError: there is no such file, it is not what its checksum says, or it is no checkpoint.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {foreign.folder_reason(path)}")
     if not path.is_file():
         raise ValueError(f"checkpoint {str(path)!r} does not exist; name a .pth file that a run has written")
-    _verify(path)
     try:
-        if path.suffix == ".safetensors":
-            return {"state_dict": load_file(path)}
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read ({reason}); use another") from error
-    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
-        raise ValueError(f"checkpoint {str(path)!r} has no 'state_dict'; it was not written by train.py or timm")
-    return state
+        _verify(path)
+        told = foreign.reason(path)
+    except OSError as error:
+        told = f"{error.strerror}; see to its permissions and its disk"
+    if told:
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {told}")
+    return _by_name(_read(path), path)
+
+
+def _read(path: Path) -> Any:
+    try:
+        if foreign.is_safetensors(path):
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dictionary
+                return {"state_dict": tensors, "metadata": file.metadata() or {}}
+        with torch.serialization.safe_globals(HARMLESS), path.open("rb") as opened:  # torch would go by the suffix
+            return torch.load(opened, map_location="cpu", weights_only=True)
+    except Exception as error:  # half a dozen types for a damaged file
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {_unreadable(path, error)}") from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """What is wrong with a file that torch refuses, and the cure."""
+    try:
+        with torch.serialization.safe_globals(HARMLESS), path.open("rb") as opened:
+            code = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(opened))
+    except Exception:  # a file in the layout before torch 1.6 cannot be asked; torch.load names the first
+        code = re.findall(r"(?:GLOBAL|class) '?((?:\w+\.)+\w+)", one_line(error))[:1]
+    if not code:
+        reason = one_line(error).rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0]
+        return f"it is damaged ({type(error).__name__}: {reason[:200]}); use another"  # without advice to run code
+    what = "a whole model" if any(name.startswith(MODELS) for name in code) else "objects"
+    return (
+        f"it holds {what} ({', '.join(code[:3])}), and making these would run code, which can do anything; where you "
+        "trust the file, load it in the program that wrote it and save the weights alone: "
+        "torch.save(model.state_dict(), PATH)"
+    )
+
+
+def _by_name(state: Any, path: Path) -> dict[str, Any]:
+    """The content of a file in timm's layout: weights under 'state_dict', their average under 'state_dict_ema'."""
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {str(path)!r} holds a {type(state).__name__}, not weights by name; use another")
+    if isinstance(state.get("state_dict"), dict):
+        return state
+    if _are_tensors(state.get("model")):  # as in ConvNeXt's own trainer, and many since
+        average = {"state_dict_ema": state["model_ema"]} if state.get("model_ema") else {}
+        return (
+            {key: state[key] for key in state if key not in ("model", "model_ema")}
+            | average
+            | {"state_dict": state["model"]}
+        )
+    if _are_tensors(state):
+        return {"state_dict": state}
+    if "param_groups" in state:
+        raise ValueError(f"checkpoint {str(path)!r} is the state of an optimiser, without weights; use another")
+    shown = ", ".join(repr(key) for key in list(state)[:6]) or "nothing"
+    raise ValueError(
+        f"checkpoint {str(path)!r} has no 'state_dict' or 'model' with weights, but {shown}; name a file written by "
+        "train.py or timm"
+    )
+
+
+def _are_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(each, torch.Tensor) for each in value.values())
 
 
 def _verify(path: Path) -> None:
@@ -153,38 +217,28 @@ def _verify(path: Path) -> None:
 
 
 def weights(state: dict[str, Any], ema: bool, path: str | Path) -> dict[str, torch.Tensor]:
-    """The model's or the EMA's weights out of a checkpoint."""
+    """The model's or the EMA's weights out of a checkpoint, their keys without what DDP and torch.compile prepend."""
     key = "state_dict_ema" if ema else "state_dict"
     if not state.get(key):
         why = "EMA weights; the run that wrote it had ema.decay=0" if ema else "weights in 'state_dict'"
         raise ValueError(f"checkpoint {str(path)!r} has no {why}")
     found: dict[str, torch.Tensor] = state[key]
+    while prefix := next((p for p in ("module.", "_orig_mod.") if all(str(k).startswith(p) for k in found)), ""):
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
     return found
 
 
-def load_weights(model: nn.Module, found: dict[str, torch.Tensor], path: str | Path, skip: str = "") -> None:
-    """Load weights of which every key and shape must match, but for the module named ``skip`` (a new classifier).
+def load_weights(
+    model: nn.Module, found: dict[str, torch.Tensor], path: str | Path, skip: Collection[str] = ()
+) -> None:
+    """Load weights of which every key and shape must match, but for the modules named in ``skip``.
 
     Raises:
-        ValueError: naming the missing and unexpected keys and the shapes that differ.
+        ValueError: naming what differs and the cure.
     """
-    own = model.state_dict()
-    if skip:
-        own, found = ({k: v for k, v in d.items() if not k.startswith(skip + ".")} for d in (own, found))
-    problems = [
-        ("missing", [key for key in own if key not in found]),
-        ("unexpected", [key for key in found if key not in own]),
-        ("shaped differently", [key for key in own if key in found and found[key].shape != own[key].shape]),
-    ]
-    hint = "; was it built for another model.img_size?" if problems[2][1] else ""
-    told = [f"{len(keys)} {what} ({_shown(keys)})" for what, keys in problems if keys]
-    if told:
-        raise ValueError(f"checkpoint {str(path)!r} is of another architecture; keys {'; '.join(told)}{hint}")
-    model.load_state_dict(found, strict=not skip)
-
-
-def _shown(keys: list[str]) -> str:
-    return ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")
+    fit.refuse_misfit(model, found, f"checkpoint {str(path)!r}", skip)
+    kept = {key: value for key, value in found.items() if not any(key.startswith(name + ".") for name in skip)}
+    model.load_state_dict(kept, strict=not skip)
 
 
 def _problem(path: Path) -> str:

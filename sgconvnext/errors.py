@@ -1,5 +1,6 @@
 """What a run raises once it is under way, and how an error becomes one line."""
 
+import re
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ class NonFiniteError(FloatingPointError):
 
 
 def one_line(error: BaseException) -> str:
-    """The message without line breaks; the type's name where there is none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message without line breaks and a terminal's colours; the type's name where there is none."""
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error))
+    return " ".join(plain.split()) or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -5,24 +5,30 @@
     import sgconvnext, timm
     model = timm.create_model("local-dir:exported/digits", pretrained=True)
 
+    import transformers
+    model = transformers.AutoModelForImageClassification.from_pretrained("exported/digits")
+
 The folder's config.json holds the architecture with its arguments, the preprocessing of the run's validation, and the
-names of the classes where the data had names.
+names of the classes where the data had names; README.md is a model card, to be completed.
 """
 
 import argparse
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import save
+from timm.data import infer_imagenet_subset
 from timm.models._hub import save_config_for_hf  # save_for_hf, which is public, writes no metadata beside the weights
 from torch import nn
 
 from . import build, checkpoint, distributed
 from .config import Config
+from .model_card import model_card
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"  # timm's names
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # timm's names
 
 
 def main() -> None:
@@ -47,7 +53,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
-    """Write folder/model.safetensors and folder/config.json, both or neither.
+    """Write folder/model.safetensors, folder/config.json and folder/README.md, all or none.
 
     Args:
         path: checkpoint of train.py.
@@ -60,7 +66,7 @@ def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
     Raises:
         ValueError: no checkpoint, one without configuration or EMA, or a folder that is taken or not writable.
     """
-    for name in (WEIGHTS, CONFIG):
+    for name in (WEIGHTS, CONFIG, CARD):
         if (Path(folder) / name).exists():
             raise ValueError(f"folder {folder!r} already holds {name}; name another, or remove it")
     state = checkpoint.load(path)
@@ -70,9 +76,11 @@ def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
         "arch": model.pretrained_cfg["architecture"],
         "epoch": str(state["epoch"]),
         "weights": "ema" if ema else "model",
+        "timm_model_args": json.dumps(config.model.kwargs | {"img_size": config.model.img_size}),
     }
     try:
-        write_folder(Path(folder), model, metadata, config, state.get("class_to_idx"))
+        card = model_card(state, config, model, ema)
+        write_folder(Path(folder), model, metadata, config, state.get("class_to_idx"), card)
     except OSError as error:
         raise ValueError(f"folder {folder!r} cannot be written ({error.strerror}); name another") from error
     return (
@@ -82,9 +90,14 @@ def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
 
 
 def write_folder(
-    folder: Path, model: nn.Module, metadata: dict[str, str], config: Config, class_to_idx: dict[str, int] | None
+    folder: Path,
+    model: nn.Module,
+    metadata: dict[str, str],
+    config: Config,
+    class_to_idx: dict[str, int] | None,
+    card: str,
 ) -> None:
-    """Write both files in a folder beside their place, then move them there, the weights last."""
+    """Write all files in a folder beside their place, then move them there, the weights last."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".export", dir=folder) as name:
         beside = Path(name)
@@ -94,10 +107,15 @@ def write_folder(
         save_config_for_hf(
             model,
             str(beside / CONFIG),
-            model_config=model_config(class_to_idx),
+            model_config=model_config(class_to_idx, model.num_classes),
             data_config=data_config(config),
         )
-        for file in (CONFIG, WEIGHTS):
+        described = json.loads((beside / CONFIG).read_text())
+        # transformers passes it to timm beside these arguments, so it would be given twice; timm reads it elsewhere
+        del described["model_args"]["num_classes"]
+        (beside / CONFIG).write_text(json.dumps(described, indent=2))
+        (beside / CARD).write_text(card)
+        for file in (CARD, CONFIG, WEIGHTS):
             (beside / file).replace(folder / file)
 
 
@@ -115,9 +133,11 @@ def data_config(config: Config) -> dict[str, Any]:
     }
 
 
-def model_config(class_to_idx: dict[str, int] | None) -> dict[str, Any]:
+def model_config(class_to_idx: dict[str, int] | None, classes: Any) -> dict[str, Any]:
     """What timm cannot know: that these are not its own weights of some tag, and the classes' names by index."""
     labels = sorted(class_to_idx, key=class_to_idx.__getitem__) if class_to_idx else None
+    if labels is None and infer_imagenet_subset({"num_classes": classes}):
+        labels = [str(index) for index in range(classes)]  # else 1000 nameless classes are taken for ImageNet's
     return {"pretrained_cfg": {"tag": None}, "label_names": labels}
 
 

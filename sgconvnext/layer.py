@@ -562,6 +562,19 @@ class SGConv2d(_MultiScaleKernel):
         taps = self.built_taps()
         return taps if size == self.input_size else resize_taps(taps, self.input_size, size)
 
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Say it where a state dict is of another input size; torch would give two shapes."""
+        own = torch.Size() if self.taps is not None else self.weight.shape
+        theirs = getattr(state.get(f"{prefix}weight"), "shape", own)
+        if len(theirs) == len(own) and theirs[:3] == own[:3] and theirs != own:
+            *_, errors = args
+            errors.append(
+                f"{prefix[:-1]}: the state dict has {theirs[3]} taps a scale, the layer {own[3]}: it is of "
+                "another input size; load it into a layer built for that size, then call set_input_size"
+            )
+        else:
+            super()._load_from_state_dict(state, prefix, *args)
+
     @torch.jit.ignore
     def set_input_size(self, input_size: int | tuple[int, int]) -> None:
         """Rebuild the parameters for another input size, N unchanged, by stretching each scale to its new d.

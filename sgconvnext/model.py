@@ -15,6 +15,7 @@ from timm.layers import (
 )
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices  # what every timm model uses; timm exports it nowhere else
+from timm.models._input import update_model_input_size  # likewise
 from torch import Tensor, fx, nn
 
 from .block import SGConvNeXtBlock
@@ -241,6 +242,7 @@ class SGConvNeXt(nn.Module):
         for stage, grid in zip(self.stages, _stage_grids(img_size), strict=False):
             for block in stage.blocks:
                 block.sgconv.set_input_size(grid)
+        update_model_input_size(self, img_size)  # so that what timm saves is built for this size again
 
     @torch.jit.ignore
     def kernel_table(self, img_size: int | tuple[int, int]) -> list[str]:

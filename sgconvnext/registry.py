@@ -1,11 +1,15 @@
 """Sizes, configurations and entry points: importing this module registers SGConvNeXt with timm."""
 
+import difflib
+import functools
+import inspect
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
 from .model import SGConvNeXt
+from .pretrained import checkpoint_filter_fn
 
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "atto": {"depths": (2, 2, 6, 2), "dims": (40, 80, 160, 320)},
@@ -40,8 +44,46 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+# Arguments of timm's ConvNeXt, and of others, that there is nothing to apply to
+WITHOUT_MEANING = {
+    "kernel_sizes": "every kernel is as long as its map; num_scales and img_size say how many parameters it has",
+    "patch_size": "the stem always has 4x4 patches; dims and depths are what can be changed",
+    "stem_type": "the stem is always ConvNeXt's patches of 4x4",
+    "conv_mlp": "the MLP is always of linear layers, which compute the same as 1x1 convolutions",
+    "conv_bias": "SGConv has a skip in place of a bias; the stem and the downsampling always have theirs",
+    "use_grn": "the MLP is ConvNeXt's, not ConvNeXt-V2's: it has no response norm",
+    "act_layer": "the activation is always GELU",
+    "norm_layer": "the norm is always LayerNorm",
+    "norm_eps": "LayerNorm's eps is always timm's 1e-6",
+    "head_norm_first": "the head always pools first, then norms",
+    "head_hidden_size": "the head is always one linear layer",
+    "drop_block_rate": "there is no DropBlock; use drop_path_rate or drop_rate",
+    "bn_momentum": "there is no batch norm",
+    "bn_eps": "there is no batch norm",
+    "dynamic_img_size": "the model always takes any image size from 32x32 up",
+    "strict_img_size": "the model always takes any image size from 32x32 up",
+}
+# Of timm's builder, and of the wrapper that features_only=True asks for
+BUILDER = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "feature_cls", "out_indices"}
+
+
+def _refuse_unknown(name: str, kwargs: dict[str, Any]) -> None:
+    """One sentence for an argument that the model does not have."""
+    known = [*inspect.signature(SGConvNeXt).parameters, *sorted(BUILDER - {"model_cls", "variant", "kwargs"})]
+    for key, value in kwargs.items():
+        if key in WITHOUT_MEANING:
+            raise ValueError(f"{name} has no {key} ({key}={value!r}): {WITHOUT_MEANING[key]}; leave it out")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known[: known.index('device')])}"
+            raise ValueError(f"{name} has no argument {key!r} ({key}={value!r}); {hint}")
+    if "out_indices" in kwargs and not kwargs.get("features_only"):
+        raise ValueError(f"{name}: out_indices={kwargs['out_indices']!r} is of features_only=True; add it")
+
+
 def _build(size: str, pretrained: bool, **kwargs: Any) -> SGConvNeXt:
     name = f"sgconvnext_{size}"
+    _refuse_unknown(name, kwargs)
     source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained and not source.has_weights and not source.state_dict:
         raise ValueError(
@@ -52,6 +94,7 @@ def _build(size: str, pretrained: bool, **kwargs: Any) -> SGConvNeXt:
         SGConvNeXt,
         name,
         pretrained,
+        pretrained_filter_fn=functools.partial(checkpoint_filter_fn, strict=kwargs.get("pretrained_strict", True)),
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
         **(SIZES[size] | kwargs),
     )

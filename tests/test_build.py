@@ -67,6 +67,11 @@ def test_argument_with_a_knob_of_its_own_is_refused(key: str) -> None:
         create(**{"model.kwargs": MICRO | {key: 1}})
 
 
+def test_argument_that_timm_would_drop_is_refused() -> None:
+    with refused("model.kwargs has ls_init_value=null", "leave it out"):
+        create(**{"model.kwargs": MICRO | {"ls_init_value": None}})
+
+
 def test_pretrained_weights_that_do_not_exist_are_refused() -> None:
     with refused("sgconvnext_atto", "no pretrained weights", "pretrained=False"):
         create(**{"model.pretrained": True})
@@ -144,7 +149,7 @@ def test_model_starts_from_the_weights_or_the_average_of_a_checkpoint(ema: bool,
 
 def test_other_number_of_classes_needs_a_new_head(start: Path) -> None:
     knobs = {"model.checkpoint": str(start), "model.num_classes": 3}
-    with refused("start.pth", "head.fc.weight"):
+    with refused("start.pth", "of 10 classes, the model of 3; model.new_head=true"):
         create(3, **knobs)
     model = create(3, **knobs, **{"model.new_head": True})
     want = checkpoint.load(start)["state_dict"]
@@ -153,9 +158,9 @@ def test_other_number_of_classes_needs_a_new_head(start: Path) -> None:
 
 
 def test_checkpoint_of_another_architecture_is_refused(start: Path) -> None:
-    with refused("start.pth", "another architecture", "missing", "unexpected"):
+    with refused("start.pth", "is of an SGConvNeXt, the model is a ConvNeXt"):
         create(**{"model.checkpoint": str(start), "model.name": "convnext_atto"})
-    with refused("start.pth", "another architecture", "shaped differently"):
+    with refused("start.pth", "kernels for another image size", "does not say for which", "model.img_size"):
         create(**{"model.checkpoint": str(start), "data.img_size": 64})
     with refused("nowhere.pth", "does not exist"):
         create(**{"model.checkpoint": "nowhere.pth"})

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -14,7 +15,7 @@ from helpers import refused
 from safetensors import safe_open
 from timm.data import resolve_model_data_config
 from timm.models import load_checkpoint
-from training_helpers import command, micro_config, randomized, trained
+from training_helpers import MICRO, command, micro_config, randomized, trained
 
 from sgconvnext import build, checkpoint, export
 from sgconvnext.export import export_checkpoint
@@ -57,7 +58,7 @@ def test_timm_loads_the_same_weights_bit_for_bit(ema: bool, tmp_path: Path) -> N
     assert f"{'ema' if ema else 'model'} weights of sgconvnext_atto, epoch 4" in told
     assert f"timm.create_model('local-dir:{folder}', pretrained=True)" in told
     assert_same(load(folder), average if ema else model)
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,105 @@ def test_folder_names_the_classes_in_the_order_of_the_logits(tmp_path: Path) -> 
     assert "label_names" not in json.loads((tmp_path / "nameless" / "config.json").read_text())
 
 
+def test_nameless_classes_are_not_taken_for_those_of_imagenet() -> None:
+    assert export.model_config(None, 1000)["label_names"] == [str(index) for index in range(1000)]
+    assert export.model_config(None, 999)["label_names"] is None
+    named = {f"n{index}": index for index in range(1000)}
+    assert export.model_config(named, 1000)["label_names"] == list(named)
+
+
+def test_number_of_classes_is_given_once(tmp_path: Path) -> None:
+    path, model, _ = trained(tmp_path, **{"data.img_size": 64})
+    export_checkpoint(path, str(tmp_path / "folder"))
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert (config["num_classes"], config["model_args"]["img_size"]) == (3, [64, 64])
+    # what transformers' TimmWrapper does
+    assert timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
+    assert_same(load(str(tmp_path / "folder")), model)
+
+
+@pytest.mark.parametrize("door", ["AutoModelForImageClassification", "TimmWrapperForImageClassification"])
+def test_transformers_reads_the_folder(door: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    path, model, _ = trained(tmp_path, **{"data.img_size": 64})
+    export_checkpoint(path, str(tmp_path / "folder"))
+    wrapped = getattr(transformers, door).from_pretrained(str(tmp_path / "folder")).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(wrapped(images).logits, model(images))
+    assert wrapped.config.id2label == {0: "zebra", 1: "walrus", 2: "ant"}
+    features = transformers.AutoModel.from_pretrained(str(tmp_path / "folder")).eval()
+    with torch.no_grad():
+        assert torch.equal(features(images).last_hidden_state, model.forward_features(images))  # type: ignore[operator]
+    seen = transformers.AutoImageProcessor.from_pretrained(str(tmp_path / "folder"))
+    assert tuple(seen.data_config["input_size"]) == (3, 64, 64)
+
+
+def card_of(folder: Path) -> huggingface_hub.ModelCard:
+    return huggingface_hub.ModelCard.load(folder / "README.md")
+
+
+HISTORY = [{"epoch": 4, "val_top1": 71.25, "val_top5": 90.5, "val_loss": 1.125}]
+AVERAGE = {"ema_top1": 72.5, "ema_top5": 91.0, "ema_loss": 1.0}
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_model_card_says_what_the_weights_are(ema: bool, tmp_path: Path) -> None:
+    path, model, _ = trained(tmp_path, **{"data.dataset": "", "data.root": "/home/somebody/imagenet", "epochs": 5})
+    history = [HISTORY[0] | AVERAGE]
+    change(path, history=history, progress={"update": 0}, facts={"training_images": "1281167 (0123456789ab)"})
+    export_checkpoint(path, str(tmp_path / "folder"), ema)
+    card = card_of(tmp_path / "folder")
+    front = card.data.to_dict()
+    assert {"timm", "image-classification"} <= set(front["tags"])
+    assert (front["library_name"], front["license"]) == ("timm", "apache-2.0")
+    for told in (
+        "sgconvnext_atto",
+        f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        "imagenet, 1281167 images, 3 classes, 32x32 px",
+        "top-1 72.50 %, top-5 91.00 %, loss 1.0000" if ema else "top-1 71.25 %, top-5 90.50 %, loss 1.1250",
+        f"{'their average (EMA)' if ema else 'as trained'}, after 5 epochs of 5",
+        "import sgconvnext, timm",
+        'timm.create_model("local-dir:',
+        "AutoModelForImageClassification",
+        "arxiv.org/abs/2210.09298",
+    ):
+        assert told in card.text, told
+    assert "somebody" not in card.text
+
+
+def test_model_card_claims_no_accuracy_that_was_not_measured(tmp_path: Path) -> None:
+    path, _, _ = trained(tmp_path)
+    cases: list[dict[str, Any]] = [{}, {"history": HISTORY, "progress": {"update": 3}}]
+    for number, changes in enumerate(cases):
+        change(path, **changes)
+        export_checkpoint(path, str(tmp_path / f"{number}"))
+        assert "none at this point of the run" in card_of(tmp_path / f"{number}").text
+    change(path, progress={"update": 0})
+    export_checkpoint(path, str(tmp_path / "ema"), ema=True)  # of a history without one
+    assert "none at this point of the run" in card_of(tmp_path / "ema").text
+
+
+def test_model_card_of_another_model_does_not_cite_sgconv(tmp_path: Path) -> None:
+    path, _, _ = trained(tmp_path, **{"model.name": "convnext_atto"})
+    export_checkpoint(path, str(tmp_path / "folder"))
+    text = card_of(tmp_path / "folder").text
+    assert "import timm\n" in text
+    assert "2210.09298" not in text
+    assert "import sgconvnext" not in text
+
+
+def test_run_starts_from_exported_weights_as_from_the_checkpoint(tmp_path: Path) -> None:
+    path, model, _ = trained(tmp_path, **{"data.img_size": 64})
+    export_checkpoint(path, str(tmp_path / "folder"))
+    start = {"model.checkpoint": str(tmp_path / "folder" / "model.safetensors"), "model.num_classes": 3}
+    got = build.create_model(micro_config(**start, **{"data.img_size": 96}), 3)
+    model.set_input_size(96)  # type: ignore[operator]
+    assert_same(got.eval(), model, (96, 96))
+    with refused("model.safetensors", "alpha=0.5, this model has alpha=0.25"):
+        build.create_model(micro_config(**start, **{"model.kwargs": MICRO | {"alpha": 0.25}}), 3)
+
+
 def test_exported_backbone_takes_a_new_head(tmp_path: Path) -> None:
     path, model, _ = trained(tmp_path)
     export_checkpoint(path, str(tmp_path / "folder"))
@@ -136,7 +236,9 @@ def test_file_says_what_it_is_and_everybody_may_read_it(tmp_path: Path) -> None:
     export_checkpoint(path, str(tmp_path / "folder"), ema=True)
     weights = tmp_path / "folder" / "model.safetensors"
     with safe_open(weights, "pt") as file:
-        assert file.metadata() == {"format": "pt", "arch": "sgconvnext_atto", "epoch": "4", "weights": "ema"}
+        metadata = file.metadata()
+    assert json.loads(metadata.pop("timm_model_args")) == MICRO | {"img_size": 32}
+    assert metadata == {"format": "pt", "arch": "sgconvnext_atto", "epoch": "4", "weights": "ema"}
     assert stat.S_IMODE(weights.stat().st_mode) == stat.S_IMODE((tmp_path / "best.pth").stat().st_mode)
 
 
@@ -153,7 +255,7 @@ def test_checkpoint_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with refused("best.pth", "model.num_classes=null"):
         export_checkpoint(path, str(folder))
     change(path, args=tree | {"model": tree["model"] | {"num_classes": 4}})
-    with refused("best.pth", "another architecture", "head.fc.weight"):
+    with refused("best.pth", "head.fc.weight", "of 3 classes, the model of 4"):
         export_checkpoint(path, str(folder))
     change(path, args=None, epoch=None)
     with refused("best.pth", "lacks args, epoch", "not written by train.py"):
@@ -161,7 +263,7 @@ def test_checkpoint_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "README.md"])
 def test_folder_that_is_taken_is_refused(name: str, tmp_path: Path) -> None:
     path, _, _ = trained(tmp_path)
     (tmp_path / name).write_text("precious")

@@ -584,7 +584,7 @@ def test_validation_refuses_in_one_line(
     assert "it holds test, train" in told(trained, "--data-root", folders / "bare")
     assert "no folder" in told(trained, "--data-root", folders / "nowhere")
     assert "did you mean 'data.val_split'?" in told(trained, "data.val_spilt=x")
-    assert "another architecture" in told(trained, "model.name=convnext_atto")
+    assert "was trained as sgconvnext_atto, this model is convnext_atto" in told(trained, "model.name=convnext_atto")
 
 
 def test_validation_refuses_a_dashed_override_in_one_line(trained: Path, refusal: Callable[..., str]) -> None:

@@ -230,6 +230,7 @@ def test_network_without_stage_outputs_is_refused() -> None:
     {
         "no network": (["kernels", "sgconvnext_tinny"], ["'sgconvnext_tinny'", "did you mean"]),
         "no checkpoint": (["kernels", "runs/x/best.pth"], ["'runs/x/best.pth'", "does not exist"]),
+        "a folder": (["kernels", "/"], ["'/'", "it is a folder; name a file in it, such as best.pth"]),
         "argument": (["kernels", "sgconvnext_tinny,alpha=0.5"], ["did you mean 'sgconvnext_tiny'"]),
         "no opponent": (["erf", "resnet18"], ["resnet18", "no SGConv layer"]),
         "no kernels": (["kernels", "convnext_atto"], ["convnext_atto", "no SGConv layer"]),

@@ -122,7 +122,7 @@ def load(spec: str, ema: bool = False, overrides: Sequence[str] = ()) -> Subject
         return Subject(config.model.name, model.eval(), config)
     name = spec.partition(",")[0]
     if "/" in name or name.endswith((".pth", ".pt", ".safetensors")):
-        raise ValueError(f"checkpoint {spec!r} does not exist")
+        checkpoint.load(spec)  # says why it cannot: there is no such file, or it is a folder
     if ema or overrides:
         raise ValueError(f"{spec} is no checkpoint: --use-ema and --set are about the run of one")
     torch.manual_seed(0)
