@@ -1,5 +1,6 @@
 """What a run raises once it is under way, and how an error becomes one line."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ class NonFiniteError(FloatingPointError):
 def one_line(error: BaseException) -> str:
     """The message without line breaks; the type's name where there is none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def shortened(names: Iterable[object], most: int = 5) -> str:
+    """``a, b, c, ...``"""
+    names = list(names)
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -20,13 +20,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from . import rng
 from .errors import DataError
+from .folders import refuse_rest
 from .images import Sample, TellsFaults, decode, unreadable
 
 # Undecoded samples a worker draws from: 5000 of ImageNet's, of 110 KB, are 0.55 GB and four of its usual shards;
 # decoded they would be five times that.
 BUFFER = 5000
 META = re.compile(r"__[^/]*__($|/)")  # files that webdataset passes over
-BLOCK = 512  # bytes; tar's unit, of which two of zeros are its end
 
 
 class Shard(NamedTuple):
@@ -227,10 +227,7 @@ def _count(name: str, url: str) -> int:
         with tarfile.open(url) as tar:
             files = (member.name for member in tar if member.isreg() and not META.match(member.name))
             count = sum(1 for _ in group_by_keys({"fname": file, "data": b"", "__url__": url} for file in files))
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(BLOCK) != bytes(BLOCK):  # tarfile takes a broken header for the end
-                raise tarfile.ReadError("no end mark")
+            refuse_rest(tar)
             return count
     except Exception as error:  # those of tarfile, of the file system and of gzip, bzip2 and lzma
         raise _broken(name, error) from error
