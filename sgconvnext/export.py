@@ -21,6 +21,7 @@ from torch import nn
 
 from . import build, checkpoint, distributed
 from .config import Config
+from .data import class_names
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # timm's names
 
@@ -117,7 +118,7 @@ def data_config(config: Config) -> dict[str, Any]:
 
 def model_config(class_to_idx: dict[str, int] | None) -> dict[str, Any]:
     """What timm cannot know: that these are not its own weights of some tag, and the classes' names by index."""
-    labels = sorted(class_to_idx, key=class_to_idx.__getitem__) if class_to_idx else None
+    labels = class_names(class_to_idx) if class_to_idx else None
     return {"pretrained_cfg": {"tag": None}, "label_names": labels}
 
 
