@@ -17,13 +17,13 @@ from timm.data import ImageDataset, Mixup, create_dataset, create_transform
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import FakeData
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets.folder import DatasetFolder, default_loader
 
 from .config import Augment, Config
 from .config import Data as DataConfig
 from .distributed import World
 from .errors import one_line, shortened
-from .folders import Folder, Tar
+from .folders import Folder, Tar, unread_beside
 from .images import Batch, Images, collate, collate_readable
 from .shards import Shards
 from .signals import STOPPING, settle_worker
@@ -122,7 +122,7 @@ def create_split(config: Config, train: bool) -> Split:
         dataset = Shards(reader, transform, **options)  # type: ignore[arg-type]
     else:
         dataset = Images(source, transform, config.seed, config.data.upright)
-    unread = Counter(getattr(reader, "unread", {}))
+    unread = Counter(getattr(dataset if isinstance(dataset, Shards) else reader, "unread", {}))
     return Split(dataset, classes or None, getattr(source, "num_classes", None), unread)
 
 
@@ -169,6 +169,8 @@ def _open(config: Config, train: bool) -> Any:
         )
         if getattr(source, "loader", None) is default_loader:
             source.loader = Image.open  # torchvision's would convert deep greys to white or black before `decode`
+        if isinstance(source, DatasetFolder):
+            source.unread = unread_beside(str(source.root), {path for path, _ in source.samples})
         return source
     except (RuntimeError, AssertionError, ImportError, OSError, ValueError, KeyError, tarfile.TarError) as error:
         reason = one_line(error)

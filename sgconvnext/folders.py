@@ -160,6 +160,14 @@ def _walk(root: str) -> Listing:
     return found
 
 
+def unread_beside(root: str, read: set[str]) -> Counter[str]:
+    """How many files of a folder are not among those that somebody else's list reads, by suffix."""
+    found = _walk(root)
+    return found.unread() + Counter(
+        os.path.splitext(path)[1].lower() for _, path, _ in found.images if path not in read
+    )
+
+
 class Tar(ReaderImageInTar):  # type: ignore[misc]
     """timm's reader of a tar file, with a list of our own.
 

@@ -294,6 +294,14 @@ def test_every_suffix_that_is_read_is_one_of_pillow() -> None:
     assert folders.SUFFIXES - {".avif"} <= readable
 
 
+def test_files_that_torchvisions_list_leaves_out_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "train/cat/1.png", "train/cat/2.gif", "train/cat/notes.txt", "train/stray.png")
+    monkeypatch.setattr(data, "create_dataset", lambda name, **options: ImageFolder(tmp_path / "train"))
+    split = split_of(tmp_path, **{"data.dataset": "torch/imagenet"})
+    assert len(split) == 1
+    assert split.unread == {".gif": 1, ".png": 1, ".txt": 1}
+
+
 # ---- links, and tar files that are not whole
 
 
@@ -409,14 +417,18 @@ def torchrun(folder: Path, script: str, *arguments: object) -> str:
     return line
 
 
-def test_processes_that_see_other_data_end_the_run_before_its_first_update(tmp_path: Path) -> None:
-    for rank in range(2):
-        counts = {"cat": 8, "dog": 8 + rank}
-        write_images(tmp_path / f"rank{rank}" / "data", {"train": counts, "val": {"cat": 1, "dog": 1}})
+@pytest.mark.parametrize("what", ["data", "configuration"])
+def test_processes_that_see_other_data_or_knobs_end_the_run_before_its_first_update(what: str, tmp_path: Path) -> None:
     changes = {"data.dataset": "", "data.root": "data", "model.num_classes": None, "optim.batch_per_device": 8}
-    config = write_config(tmp_path / "a.yaml", **changes)
-    line = torchrun(tmp_path, "train", config, f"out={tmp_path / 'out'}")
-    assert "data.train_split: number of images: 16 on rank 0, but 17 on rank 1; give every process the same" in line
+    for rank in range(2):
+        other = rank if what == "data" else 0
+        counts = {"cat": 8, "dog": 8 + other}
+        write_images(tmp_path / f"rank{rank}" / "data", {"train": counts, "val": {"cat": 1, "dog": 1}})
+        write_config(tmp_path / f"rank{rank}" / "a.yaml", **changes, epochs=2 + rank - other)
+    line = torchrun(tmp_path, "train", "a.yaml", f"out={tmp_path / 'out'}")
+    assert f"give every process the same {what}" in line
+    seen = "data.train_split: number of images: 16" if what == "data" else "epochs: 2"
+    assert f"{seen} on rank 0, but {17 if what == 'data' else 3} on rank 1; " in line
     assert not list((tmp_path / "out").glob("*.pth"))
 
 
