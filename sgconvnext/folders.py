@@ -64,7 +64,8 @@ class Listing:
                 where = "/".join(folder[depth:]) or "the split itself"
                 raise ValueError(f"images lie in {where!r} ({path}); put each into its class's folder")
         labels = [folder[depth] for folder, _, _ in self.images]
-        there = {folder[depth] for folder in self.folders if len(folder) > depth}
+        above = self.images[0][0][:depth] if self.images else ()  # the same for all images, not for hidden folders
+        there = {folder[depth] for folder in self.folders if len(folder) > depth and folder[:depth] == above}
         if empty := sorted(name for name in there - set(labels) if not name.startswith(".")):
             lost = _by_suffix({key: n for key, n in self.others.items() if key[0][depth : depth + 1] == (empty[0],)})
             holds = f", only {counted(lost)}" if lost else ""
