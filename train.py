@@ -35,7 +35,7 @@ from tqdm import tqdm
 import sgconvnext  # noqa: F401  registers the models with timm
 from sgconvnext import build, checkpoint, data, distributed, engine, optim, preflight, resume, rng
 from sgconvnext.config import Config, describe, load_config, to_dict
-from sgconvnext.errors import DataError, NonFiniteError, TooManyUnreadableError
+from sgconvnext.errors import DataError, NonFiniteError, TooManyUnreadableError, shortened
 from sgconvnext.images import Batch
 from sgconvnext.watch import Watch
 
@@ -128,11 +128,12 @@ class Run:
         accumulation = data.accumulation_steps(config.optim.global_batch, config.optim.batch_per_device, world.size)
         if config.data.download and world.size > 1:
             raise ValueError("data.download=true writes files: download in one process first, then run without it")
-        train, val = data.create_split(config, train=True), data.create_split(config, train=False)
-        classes = data.num_classes(train, val, config.model.num_classes)
+        world.agree(resume.knobs(config), "give every process the same configuration")
+        train, val, classes = data.create_splits(config, world)
         config.model.num_classes = classes  # resolved, so that a checkpoint says what its model was built with
         config.model.img_size = config.model.img_size or config.data.img_size
         self.class_to_idx, self.images, self.val_images = train.class_to_idx, train.dataset, len(val)
+        self.unread = preflight.unread(train=train, val=val)
         self.updates = data.updates_per_epoch(len(train), config.optim.global_batch)
 
         model = build.create_model(config, classes, start=found is None).to(world.device)
@@ -183,10 +184,12 @@ class Run:
         batch = (config.optim.global_batch, config.optim.batch_per_device, self.world.size, self.world.device.type)
         memory = preflight.rehearse(t, (3, *size))
         disk = preflight.disk(self.folder.path, preflight.checkpoint_bytes(t), config.save.keep)
+        names = ": " + shortened(data.class_names(self.class_to_idx)) if self.class_to_idx else ""
         for line in (
-            f"{config.model.name}: {parameters:.1f}M parameters, {config.model.num_classes} classes",
+            f"{config.model.name}: {parameters:.1f}M parameters, {config.model.num_classes} classes{names}",
             f"{len(self.images)} training and {self.val_images} validation images, "
-            + preflight.class_counts(self.images),
+            + preflight.class_counts(self.images, self.class_to_idx),
+            *self.unread,
             "global batch {} = {} per device x {} {} x {} accumulation; ".format(*batch, t.accumulation)
             + f"{self.updates} updates per epoch, {len(t.learning_rates)} in all; {config.run.precision}",
             f"learning rate: peak {config.optim.lr:.4g} after {config.optim.warmup_epochs * self.updates} updates of "

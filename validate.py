@@ -8,11 +8,14 @@ torchrun the images are shared out and each is counted once, whatever the number
 
 import argparse
 import json
+import logging
 
 import torch
 
 import sgconvnext  # noqa: F401  registers the models with timm
-from sgconvnext import build, checkpoint, data, distributed, engine
+from sgconvnext import build, checkpoint, data, distributed, engine, preflight
+
+_logger = logging.getLogger("validate")
 
 
 def main() -> None:
@@ -23,13 +26,16 @@ def main() -> None:
         config = build.run_config(state, args.checkpoint, [*root, *args.overrides])
         world = distributed.start(config.run.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
-        val = data.create_split(config, train=False)
+        val = world.on_each(lambda: data.create_split(config, train=False))
+        data.agree(world, val=val)
         trained = data.Split(val.dataset, state.get("class_to_idx"))
         classes = data.num_classes(trained, val, config.model.num_classes)
         model = build.create_model(config, classes, start=False)
         weights = checkpoint.weights(state, args.use_ema, args.checkpoint)
         build.load_trained(model, config, state, weights, args.checkpoint)
         loader = data.create_eval_loader(val, config, world)
+        for line in preflight.unread(val=val) if world.is_first else ():
+            _logger.warning("%s", line)
         result = engine.evaluate(model.to(world.device), loader, config, world)
     except (ValueError, OSError) as error:
         distributed.fail("validate.py", error)

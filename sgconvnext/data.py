@@ -1,25 +1,29 @@
 """Datasets by name, ConvNeXt's transforms, and loaders that give every process its share."""
 
+import hashlib
 import itertools
 import signal
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from timm.data import Mixup, create_dataset, create_transform
+from timm.data import ImageDataset, Mixup, create_dataset, create_transform
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import FakeData
+from torchvision.datasets.folder import DatasetFolder, default_loader
 
 from .config import Augment, Config
 from .config import Data as DataConfig
 from .distributed import World
-from .errors import one_line
+from .errors import one_line, shortened
+from .folders import Folder, Tar, unread_beside
 from .images import Batch, Images, collate, collate_readable
 from .shards import Shards
 from .signals import STOPPING, settle_worker
@@ -27,6 +31,7 @@ from .signals import STOPPING, settle_worker
 # timm's and torchvision's own names of a split; with any other name torchvision would quietly take the test images
 TRAIN_NAMES = ("train", "training")
 QUIET_S = 0.1
+FOLDERS = ("", "torch/folder", "torch/image_folder")  # of class folders; the latter two number them as torchvision
 VAL_NAMES = ("val", "valid", "validation", "eval", "evaluation", "test")
 
 
@@ -60,9 +65,44 @@ class Split:
     dataset: Images | Shards
     class_to_idx: dict[str, int] | None
     num_classes: int | None = None  # where the dataset says it without naming them
+    unread: Counter[str] = field(default_factory=Counter)  # files that are no image, by suffix
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def seen(self) -> dict[str, str]:
+        """What every process must have alike, in a few words each."""
+        numbered = sorted((self.class_to_idx or {}).items(), key=lambda item: (item[1], item[0]))
+        names, sha256 = shortened(name for name, _ in numbered), hashlib.sha256(repr(numbered).encode())
+        return {
+            "number of images": str(len(self)),
+            "classes": f"{len(numbered)}, {names} ({sha256.hexdigest()[:12]})" if numbered else "without names",
+            "list of files and labels": self.dataset.digest()[:12],
+        }
+
+
+def create_splits(config: Config, world: World) -> tuple[Split, Split, int]:
+    """Training and validation images, and the number of classes; every process must find the same.
+
+    Raises:
+        ValueError: on every process, the first that any of them has; or that they differ.
+    """
+
+    def create() -> tuple[Split, Split, int]:
+        train, val = create_split(config, train=True), create_split(config, train=False)
+        return train, val, num_classes(train, val, config.model.num_classes)
+
+    train, val, classes = world.on_each(create)
+    agree(world, train=train, val=val)
+    return train, val, classes
+
+
+def agree(world: World, **splits: Split) -> None:
+    """Refuse splits, by their names in the configuration, that are not the same to every process."""
+    seen = {
+        f"data.{name}_split: {what}": text for name, split in splits.items() for what, text in split.seen().items()
+    }
+    world.agree(seen, "give every process the same data")
 
 
 def create_split(config: Config, train: bool) -> Split:
@@ -75,12 +115,6 @@ def create_split(config: Config, train: bool) -> Split:
     transform = train_transform(config.data, config.augment) if train else eval_transform(config.data)
     reader = getattr(source, "reader", source)
     classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # folder or tar
-    for name in classes or ():
-        if not name or name.startswith("."):
-            where = f"data.root={config.data.root!r}, {config.data.train_split if train else config.data.val_split}"
-            raise ValueError(
-                f"{where}: images lie in {name or 'the split itself'!r}; put each into its class's folder"
-            )
     dataset: Images | Shards
     if config.data.dataset.startswith("wds/"):
         samples = config.data.train_samples if train else config.data.val_samples
@@ -88,7 +122,8 @@ def create_split(config: Config, train: bool) -> Split:
         dataset = Shards(reader, transform, **options)  # type: ignore[arg-type]
     else:
         dataset = Images(source, transform, config.seed, config.data.upright)
-    return Split(dataset, classes or None, getattr(source, "num_classes", None))
+    unread = Counter(getattr(dataset if isinstance(dataset, Shards) else reader, "unread", {}))
+    return Split(dataset, classes or None, getattr(source, "num_classes", None), unread)
 
 
 def _open(config: Config, train: bool) -> Any:
@@ -104,7 +139,7 @@ def _open(config: Config, train: bool) -> Any:
         return FakeData(samples, (3, *size), config.model.num_classes or 1000, random_offset=0 if train else 2**30)
     prefix = data.dataset.partition("/")[0]
     root = data.root
-    if data.dataset in ("", "torch/folder", "torch/image_folder"):
+    if data.dataset in FOLDERS:
         root = str(_existing(data, split, knob))
     elif prefix in ("torch", "hfds", "wds"):
         names = TRAIN_NAMES if train else VAL_NAMES
@@ -119,7 +154,9 @@ def _open(config: Config, train: bool) -> Any:
             "digits or synthetic"
         )
     try:
-        return create_dataset(
+        if data.dataset in FOLDERS:
+            return ImageDataset(root, reader=_class_folders(root, data.dataset))
+        source = create_dataset(
             data.dataset,
             root=root or None,
             split=split,
@@ -130,11 +167,24 @@ def _open(config: Config, train: bool) -> Any:
             num_samples=samples,
             seed=config.seed,
         )
+        if getattr(source, "loader", None) is default_loader:
+            source.loader = Image.open  # torchvision's would convert deep greys to white or black before `decode`
+        if isinstance(source, DatasetFolder):
+            source.unread = unread_beside(str(source.root), {path for path, _ in source.samples})
+        return source
     except (RuntimeError, AssertionError, ImportError, OSError, ValueError, KeyError, tarfile.TarError) as error:
         reason = one_line(error)
         raise ValueError(
             f"data.dataset={data.dataset!r}, data.root={data.root!r}, {knob}={split!r}: {reason}"
         ) from error
+
+
+def _class_folders(root: str, dataset: str) -> Folder | Tar:
+    if Path(root).is_dir():
+        return Folder(root, plain=dataset != "")
+    if dataset == "" and root.endswith(".tar"):
+        return Tar(root)
+    raise ValueError("it is no folder" + (" and no .tar file; unpack it" if dataset == "" else ""))
 
 
 def _existing(data: DataConfig, split: str, knob: str) -> Path:
@@ -155,10 +205,9 @@ def num_classes(train: Split, val: Split, wanted: int | None) -> int:
     """The number of classes of the run: the data's, which must agree between the splits and with model.num_classes."""
     if train.class_to_idx != val.class_to_idx:
         extra = sorted(set(train.class_to_idx or ()) ^ set(val.class_to_idx or ()))
-        shown = ", ".join(map(str, extra[:5])) + (", ..." if len(extra) > 5 else "")
         raise ValueError(
             f"training has {len(train.class_to_idx or ())} classes, validation {len(val.class_to_idx or ())}; "
-            f"only in one of them: {shown or 'none, but their order differs'}"
+            f"only in one of them: {shortened(extra) or 'none, but their order differs'}"
         )
     # by index: torchvision's ImageNet has several names for one class
     found = len(set(train.class_to_idx.values())) if train.class_to_idx else train.num_classes or wanted
@@ -167,6 +216,14 @@ def num_classes(train: Split, val: Split, wanted: int | None) -> int:
     if wanted is not None and wanted != found:
         raise ValueError(f"model.num_classes={wanted}, but the data has {found} classes; null follows the data")
     return int(found)
+
+
+def class_names(class_to_idx: dict[str, int]) -> list[str]:
+    """The classes' names by their numbers; of several names of one, as torchvision's ImageNet has, all with commas."""
+    names: list[list[str]] = [[] for _ in range(max(class_to_idx.values(), default=-1) + 1)]
+    for name, number in class_to_idx.items():
+        names[number].append(str(name))
+    return [", ".join(each) for each in names]
 
 
 def train_transform(data: DataConfig, augment: Augment) -> Any:

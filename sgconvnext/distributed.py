@@ -48,16 +48,36 @@ class World:
         return values
 
     def on_each(self, action: Callable[[], Any]) -> Any:
-        """Every process acts, without a message to the others; where one raises a ValueError, all raise the first."""
+        """Every process acts, without a message to the others; where one raises a ValueError, all raise the first.
+
+        It names its rank, unless all have the same to say.
+        """
         result, problem = None, None
         try:
             result = action()
         except ValueError as error:
             problem = str(error)
-        problems = [text for text in self.gather(problem) if text is not None]
-        if problems:
-            raise ValueError(problems[0])
+        problems = self.gather(problem)
+        for rank, text in enumerate(problems):
+            if text is not None:
+                raise ValueError(text if len(set(problems)) == 1 else f"rank {rank} of {self.size}: {text}")
         return result
+
+    def agree(self, values: dict[str, Any], cure: str) -> None:
+        """Refuse values that differ between the processes.
+
+        Args:
+            values: of this process, by name; the names are the same on each.
+            cure: what the user can do.
+
+        Raises:
+            ValueError: on every process, with the first that differs, both values and their ranks.
+        """
+        first, *others = self.gather(values)
+        for rank, other in enumerate(others, start=1):
+            for name, value in first.items():
+                if other[name] != value:
+                    raise ValueError(f"{name}: {value} on rank 0, but {other[name]} on rank {rank}; {cure}")
 
     def on_first(self, action: Callable[[], Any]) -> Any:
         """Rank 0 acts; every process gets its result, or raises its ValueError or OSError."""

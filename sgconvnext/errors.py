@@ -1,6 +1,7 @@
 """What a run raises once it is under way, and how an error becomes one line."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ def one_line(error: BaseException) -> str:
     """The message without line breaks and a terminal's colours; the type's name where there is none."""
     plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error))
     return " ".join(plain.split()) or type(error).__name__
+
+
+def shortened(names: Iterable[object], most: int = 5) -> str:
+    """``a, b, c, ...``"""
+    names = list(names)
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -26,6 +26,7 @@ from torch import nn
 
 from . import build, checkpoint, distributed
 from .config import Config
+from .data import class_names
 from .model_card import model_card
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # timm's names
@@ -135,7 +136,7 @@ def data_config(config: Config) -> dict[str, Any]:
 
 def model_config(class_to_idx: dict[str, int] | None, classes: Any) -> dict[str, Any]:
     """What timm cannot know: that these are not its own weights of some tag, and the classes' names by index."""
-    labels = sorted(class_to_idx, key=class_to_idx.__getitem__) if class_to_idx else None
+    labels = class_names(class_to_idx) if class_to_idx else None
     if labels is None and infer_imagenet_subset({"num_classes": classes}):
         labels = [str(index) for index in range(classes)]  # else 1000 nameless classes are taken for ImageNet's
     return {"pretrained_cfg": {"tag": None}, "label_names": labels}

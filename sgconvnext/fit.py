@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import shortened
+
 Shapes = dict[str, torch.Size]
 
 
@@ -188,12 +190,8 @@ def _other_keys(_: Any, own: Shapes, found: Shapes) -> str:
         ("unexpected", [key for key in found if key not in own]),
         ("shaped differently", [key for key in own if key in found and found[key] != own[key]]),
     ]
-    told = [f"{len(keys)} {what} ({_shown(keys)})" for what, keys in problems if keys]
+    told = [f"{len(keys)} {what} ({shortened(keys, 6)})" for what, keys in problems if keys]
     return f"is of another architecture; keys {'; '.join(told)}; name the model that it was trained as" if told else ""
-
-
-def _shown(keys: list[str]) -> str:
-    return ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")
 
 
 def _wrong_numbers(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:

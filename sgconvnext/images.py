@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.Image import Transpose
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -19,9 +20,24 @@ _logger = logging.getLogger(__name__)
 
 UNREADABLE = 1
 # what Sample.fault and Batch.faults count; all but the unreadable ones are decoded
-FAULTS = ("", "unreadable", "CMYK", "palette", "16-bit", "EXIF-rotated", "very large")
+FAULTS = (
+    *("", "unreadable", "CMYK", "palette", "16-bit", "EXIF-rotated", "very large", "32-bit float"),
+    "possibly turned (its EXIF cannot be decoded)",
+)
 MAX_ASPECT = 200  # to resize the short side of a longer strip to a crop would take gigabytes
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright, 2 to 8 are turned or mirrored
+TURNS = {  # what makes them upright
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the latter
+PLAIN = ("1", "L", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")  # Pillow's own way to RGB is right
+ALPHA = {"LA": "RGBA", "RGBA": "RGBA", "P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}  # and the way over here
 
 
 class Sample(NamedTuple):
@@ -136,24 +152,72 @@ def unreadable(target: int, place: int, error: Exception) -> Sample:
 def decode(image: Image.Image, upright: bool = False) -> tuple[Image.Image, int]:
     """An opened image as 8-bit RGB, and what was unusual about it, as an index into FAULTS.
 
-    As timm and torchvision, alpha is dropped and EXIF's orientation ignored, but for ``upright``. Unlike them, 16-bit
-    greys are divided by 256; Pillow's own conversion makes everything above 255 white.
+    As timm and torchvision, alpha is dropped and EXIF's orientation ignored, but for ``upright``. Unlike them, deep
+    greys are scaled to 8 bits: Pillow's own conversion makes them white above 255, and those of 0 to 1 black.
+
+    Raises:
+        ValueError: its shape, mode or range of values has no known meaning.
     """
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"it is {image.width} x {image.height} pixels")
-    fault = FAULTS.index("very large") if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 2**62) else 0
-    if image.getexif().get(ORIENTATION) in range(2, 9):
-        fault = FAULTS.index("EXIF-rotated")
-        image = ImageOps.exif_transpose(image) if upright else image
-    if image.mode == "CMYK":
-        fault = FAULTS.index("CMYK")
-    elif image.mode in ("P", "PA"):
-        fault = FAULTS.index("palette")
-        image = image.convert("RGBA")  # the way to RGB that knows of transparent colours
-    elif image.mode == "I" or image.mode.startswith("I;16"):
-        fault = FAULTS.index("16-bit")
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB"), fault
+    fault = "very large" if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 2**62) else ""
+    image.load()  # before EXIF: Pillow turns TIFF files itself, and looks for PNG's behind the pixels
+    turn = _orientation(image)
+    if turn in TURNS:
+        fault = "EXIF-rotated"
+    elif turn is None and upright:
+        fault = FAULTS[-1]
+    if image.mode in PLAIN:
+        fault = "CMYK" if image.mode == "CMYK" else fault
+        shown = image.convert("RGB")
+    elif image.mode in ALPHA:
+        fault = "palette" if image.mode in ("P", "PA") else fault
+        shown = _opaque(image.convert(ALPHA[image.mode]))
+    elif image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        fault = "32-bit float" if image.mode == "F" else "16-bit"
+        shown = _greys(image).convert("RGB")
+    else:
+        raise ValueError(f"its pixels are of the mode {image.mode}, which is unknown here")
+    if upright and turn in TURNS:
+        shown = shown.transpose(TURNS[turn])
+    return shown, FAULTS.index(fault)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """What EXIF says of it, 1 (upright) where it says nothing, None where it cannot be decoded."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow raises half a dozen types; the pixels are none the worse
+        return None
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Without alpha, unless alpha is all there is to see, as in many a drawing of black on nothing."""
+    *colours, (clear, solid) = np.reshape(image.getextrema(), (-1, 2))
+    if clear < solid and all(low == high for low, high in colours):
+        raise ValueError("all of its pixels have one colour, only their transparency differs; put it on a background")
+    return image.convert("RGB")
+
+
+def _greys(image: Image.Image) -> Image.Image:
+    """Deep greys in 8 bits. White is 65535 for integers, as in PNG; for floats it is 1, or 255 if there are larger.
+
+    Other ranges would have to be guessed.
+    """
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})  # of TIFF files
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 255):  # nor if one of them is not a number
+            raise ValueError(f"its greys run from {low:g} to {high:g}; floats are known from 0 to 1 or from 0 to 255")
+        greys = np.rint(values * np.float32(255 if high <= 1 else 1)).astype(np.uint8)
+    else:
+        if low < 0 or high > 65535:
+            raise ValueError(f"its greys run from {low} to {high}; integers are known from 0 to 65535")
+        bits = 12 if tags.get(BITS_PER_SAMPLE) == (12,) else 16
+        greys = (values.astype(np.int32) >> (bits - 8)).astype(np.uint8)
+    if high > 0 and not greys.any():
+        raise ValueError(f"its greys reach no further than {high:g} and would all be black; store them in 8 bits")
+    return Image.fromarray(255 - greys if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else greys)
 
 
 def collate(samples: list[Sample], name: Callable[[int], str] = str) -> Batch:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from . import rng
 from .checkpoint import Folder
+from .data import Split, class_names
 from .engine import Training, forward_loss
 from .errors import one_line
+from .folders import counted
 from .images import Batch, Images
 
 GIB = 2**30
@@ -26,14 +28,28 @@ def kernels(model: nn.Module, img_size: int | tuple[int, int]) -> list[str]:
     return [] if table is None else [f"stage {i + 1}: {row}" for i, row in enumerate(table(img_size))]
 
 
-def class_counts(dataset: Any) -> str:
-    """How many images the classes have, for datasets that can tell without opening them."""
+def class_counts(dataset: Any, class_to_idx: dict[str, int] | None = None) -> str:
+    """How many images the classes have, by name, for datasets that can tell without opening them."""
     targets = dataset.targets() if isinstance(dataset, Images) else None
     if targets is None:
         return "images per class unknown"
-    counts = Counter(targets)
-    fewest, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-    return f"{counts[fewest]} (class {fewest}) to {counts[most]} (class {most}) images per class"
+    names = class_names(class_to_idx or {})
+    counts = Counter({number: 0 for number, name in enumerate(names) if name})
+    counts.update(targets)
+    fewest, most = (
+        f"{counts[number]} ({names[number] if number < len(names) else f'class {number}'})"
+        for number in (min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__))
+    )
+    return f"{fewest} to {most} images per class"
+
+
+def unread(**splits: Split) -> list[str]:
+    """One line for every split, by its name in the configuration, that holds files which are not read."""
+    return [
+        f"not read in data.{name}_split, for they are no images by their names: {counted(split.unread)}"
+        for name, split in splits.items()
+        if split.unread
+    ]
 
 
 def checkpoint_bytes(t: Training) -> int:

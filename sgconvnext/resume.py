@@ -56,6 +56,11 @@ def facts(processes: int, device: str, training: Any, validation: Any) -> dict[s
     return {"processes": processes, "device": device, **told}
 
 
+def knobs(config: Config) -> dict[str, Any]:
+    """The knobs that decide the numbers of a run."""
+    return {key: value for key, value in flatten(to_dict(config)).items() if key not in FREE}
+
+
 def refuse_changes(state: dict[str, Any], config: Config, now: dict[str, Any], path: Path) -> None:
     """A run goes on as it began, to the last bit, but for what allow_change names.
 

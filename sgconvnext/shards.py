@@ -6,6 +6,7 @@ import random
 import re
 import tarfile
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from itertools import accumulate, islice
@@ -20,13 +21,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from . import rng
 from .errors import DataError
+from .folders import refuse_rest
 from .images import Sample, TellsFaults, decode, unreadable
 
 # Undecoded samples a worker draws from: 5000 of ImageNet's, of 110 KB, are 0.55 GB and four of its usual shards;
 # decoded they would be five times that.
 BUFFER = 5000
 META = re.compile(r"__[^/]*__($|/)")  # files that webdataset passes over
-BLOCK = 512  # bytes; tar's unit, of which two of zeros are its end
 
 
 class Shard(NamedTuple):
@@ -75,7 +76,8 @@ class Shards(TellsFaults, IterableDataset[Sample]):
         self.input_key: str = reader.input_key
         self.target_key: str = reader.target_key or reader.split_info.alt_label  # "": the class is in a .cls file
         self.class_to_idx: dict[Any, int] | None = reader.class_to_idx if reader.remap_class else None
-        self.shards = _shards(reader)
+        self.unread: Counter[str] = Counter()  # files of which webdataset makes no sample, in shards that are counted
+        self.shards = _shards(reader, self.unread)
         held = sum(shard.length for shard in self.shards)
         if held == 0:
             raise ValueError(
@@ -193,8 +195,11 @@ def _random(*key: object) -> random.Random:
     return random.Random(repr(key))  # of a string Python takes the SHA-512, the same in every process
 
 
-def _shards(reader: Any) -> list[Shard]:
-    """The split's shards and their lengths, from _info.json or, of local files that it does not tell of, counted."""
+def _shards(reader: Any, unread: Counter[str]) -> list[Shard]:
+    """The split's shards and their lengths, from _info.json or, of local files that it does not tell of, counted.
+
+    What is found in the latter and not read is added to ``unread``.
+    """
     stated: dict[str, int] = {}
     for split in reader.info.get("splits", {}).values():  # by name: a split in braces may be a part of a listed one
         stated |= dict(zip(split.get("filenames", ()), split.get("shard_lengths", ()), strict=False))
@@ -208,7 +213,7 @@ def _shards(reader: Any) -> list[Shard]:
     return [
         Shard(name, url, stated[name], "_info.json says")
         if name in stated
-        else Shard(name, url, _count(name, url), "at the start it held")
+        else Shard(name, url, _count(name, url, unread), "at the start it held")
         for name, url in names
     ]
 
@@ -217,20 +222,20 @@ def _remote(url: str) -> bool:
     return "://" in url or url.startswith("pipe:")
 
 
-def _count(name: str, url: str) -> int:
+def _count(name: str, url: str, unread: Counter[str]) -> int:
     """How many samples a local tar file holds, by webdataset's own grouping; only the headers are read."""
-    from webdataset.tariterators import group_by_keys  # type: ignore[import-untyped]
+    from webdataset.tariterators import base_plus_ext, group_by_keys  # type: ignore[import-untyped]
 
     if _remote(url):
         raise ValueError(f"shard {url} is remote and of unknown length; list it with shard_lengths in its _info.json")
     try:
         with tarfile.open(url) as tar:
-            files = (member.name for member in tar if member.isreg() and not META.match(member.name))
-            count = sum(1 for _ in group_by_keys({"fname": file, "data": b"", "__url__": url} for file in files))
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(BLOCK) != bytes(BLOCK):  # tarfile takes a broken header for the end
-                raise tarfile.ReadError("no end mark")
+            files = [member for member in tar if not member.isdir() and not META.match(member.name)]
+            names = [member.name for member in files if member.isreg()]
+            count = sum(1 for _ in group_by_keys({"fname": file, "data": b"", "__url__": url} for file in names))
+            unread += Counter(links=len(files) - len(names))
+            unread += Counter({"hidden or no suffix": sum(base_plus_ext(file)[0] is None for file in names)})
+            refuse_rest(tar)
             return count
     except Exception as error:  # those of tarfile, of the file system and of gzip, bzip2 and lzma
         raise _broken(name, error) from error

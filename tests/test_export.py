@@ -223,6 +223,14 @@ def test_run_starts_from_exported_weights_as_from_the_checkpoint(tmp_path: Path)
         build.create_model(micro_config(**start, **{"model.kwargs": MICRO | {"alpha": 0.25}}), 3)
 
 
+def test_class_of_several_names_has_one_label_with_all_of_them(tmp_path: Path) -> None:
+    path, _, _ = trained(tmp_path)
+    change(path, class_to_idx={"tench": 0, "Tinca tinca": 0, "goldfish": 1, "hammerhead": 2})  # torchvision's ImageNet
+    export_checkpoint(path, str(tmp_path / "folder"))
+    labels = load(str(tmp_path / "folder")).pretrained_cfg["label_names"]
+    assert labels == ["tench, Tinca tinca", "goldfish", "hammerhead"]
+
+
 def test_exported_backbone_takes_a_new_head(tmp_path: Path) -> None:
     path, model, _ = trained(tmp_path)
     export_checkpoint(path, str(tmp_path / "folder"))

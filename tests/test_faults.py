@@ -362,7 +362,7 @@ def test_check_says_what_the_run_will_need_and_leaves_nothing(tmp_path: Path) ->
     done = command("train.py", path, f"out={tmp_path / 'out'}", "check")
     assert done.returncode == 0, done.stderr
     for words in (
-        "80 training and 8 validation images, 30 (class 0) to 50 (class 1) images per class",
+        "80 training and 8 validation images, 30 (cat) to 50 (dog) images per class",
         "global batch 16 = 8 per device x 1 cpu x 2 accumulation; 5 updates per epoch, 10 in all",
         "learning rate: peak 0.001 after 5 updates of warm-up",
         "stage 1: 64 tokens (8x8); kernels for 8x8 in 2 directions, 5 scales of 4 taps",

@@ -3,17 +3,21 @@
 import importlib.util
 import io
 import logging
+import struct
 import tarfile
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torchvision.datasets import ImageFolder
 from training_helpers import micro_config, write_images
 
 from sgconvnext import data, images
@@ -88,11 +92,139 @@ def test_sixteen_bits_are_divided_by_256_and_not_clipped_to_white(content: bytes
     np.testing.assert_array_equal(pixels, grey((DEEP // 256).astype(np.uint8)))
 
 
-def test_integers_beyond_sixteen_bits_are_black_or_white() -> None:
-    values = np.array([[-(2**31), -1, 65536, 2**31 - 1]], dtype=np.int32)
-    image, fault = decode(Image.fromarray(values))
-    assert FAULTS[fault] == "16-bit"
-    np.testing.assert_array_equal(np.asarray(image)[..., 0], [[0, 0, 255, 255]])
+UNKNOWN = {
+    "negative": np.array([[-1, 300]], dtype=np.int32),
+    "32 bits": np.array([[0, 65536]], dtype=np.int32),
+    "8 bits in 16": np.array([[0, 255]], dtype=np.uint16),
+    "8 bits in 32": np.array([[0, 255]], dtype=np.int32),
+    "negative float": np.array([[-0.5, 0.5]], dtype=np.float32),
+    "16-bit float": np.array([[0, 256]], dtype=np.float32),
+    "not a number": np.array([[0, np.nan, 1]], dtype=np.float32),
+    "infinite": np.array([[0, np.inf]], dtype=np.float32),
+    "tiny float": np.array([[0, 1e-3]], dtype=np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_greys_of_an_unknown_range_are_unreadable_and_not_black_or_white(kind: str) -> None:
+    sample = Images([(Image.fromarray(UNKNOWN[kind]), 3)], pixels_of, seed=0)[0]
+    assert (sample.image, sample.target, sample.fault) == (None, 3, UNREADABLE)
+    assert "its greys r" in sample.reason
+    assert "known from" in sample.reason or "would all be black" in sample.reason
+
+
+def test_black_greys_are_black() -> None:
+    for dtype in (np.uint16, np.int32, np.float32):
+        assert not np.asarray(decode(Image.fromarray(np.zeros((2, 3), dtype=dtype)))[0]).any()
+
+
+@pytest.mark.parametrize("white", [1, 255])
+def test_float_greys_go_from_0_to_1_or_to_255(white: int) -> None:
+    stored = (GREYS / np.float32(255 / white)).astype(np.float32)
+    pixels, fault = decoded(encoded(Image.fromarray(stored), "TIFF"))
+    assert fault == "32-bit float"
+    np.testing.assert_array_equal(pixels, grey(GREYS))
+
+
+def tiff(rows: bytes, width: int, bits: int, photometric: int, kind: int = 1) -> bytes:
+    """A TIFF file of greys; photometric 0: white is zero; kind 3: floats."""
+    height = len(rows) * 8 // (width * bits)
+    entries = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1)]
+    entries += [(278, height), (279, len(rows)), (339, kind)]
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    return b"II*\0" + struct.pack("<I", 8 + len(rows)) + rows + struct.pack("<H", len(entries)) + table + bytes(4)
+
+
+def test_tiff_whose_white_is_zero_is_not_shown_as_a_negative() -> None:
+    deep, floats = DEEP.astype("<u2"), (DEEP / 65535).astype("<f4")
+    for rows, bits, kind in [(deep.tobytes(), 16, 1), (floats.tobytes(), 32, 3)]:
+        usual, inverse = (decoded(tiff(rows, 4, bits, photometric, kind))[0] for photometric in (1, 0))
+        np.testing.assert_array_equal(usual, 255 - inverse)
+        assert usual[0, 0, 0] == 0
+
+
+def test_white_of_twelve_bits_is_white() -> None:
+    rows = bytes([0x00, 0x00, 0x10, 0x80, 0x0F, 0xFF])  # 0, 16, 2048, 4095
+    np.testing.assert_array_equal(decoded(tiff(rows, 4, 12, 1))[0], grey(np.array([[0, 1, 128, 255]], np.uint8)))
+
+
+def deep_png(values: NDArray[np.uint16], kind: int) -> bytes:
+    """A PNG file of 16 bits a channel, (H, W, C), of the colour type: 2 is RGB, 4 grey and alpha, 6 RGBA."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("kind", "channels", "shown"), [(2, 3, [0, 1, 2]), (4, 2, [0, 0, 0]), (6, 4, [0, 1, 2])])
+def test_sixteen_bits_of_several_channels_keep_their_upper_half(kind: int, channels: int, shown: list[int]) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (5, 4, channels), dtype=np.uint16)
+    pixels, fault = decoded(deep_png(values, kind))
+    assert fault == ""
+    np.testing.assert_array_equal(pixels, (values // 256).astype(np.uint8)[..., shown])
+
+
+# each with the largest error that its rounding makes of random colours, or greys
+MODES = {"1": 0, "L": 0, "LA": 0, "La": 0, "RGB": 0, "RGBA": 0, "RGBa": 0, "RGBX": 0, "P": 0, "PA": 0, "CMYK": 0}
+MODES |= {"YCbCr": 3, "HSV": 6, "LAB": 24, "I": 0, "I;16": 0, "I;16L": 0, "I;16B": 0, "I;16N": 0, "F": 0}
+
+
+def in_mode(mode: str) -> tuple[Image.Image, NDArray[np.uint8]]:
+    """The same picture in any mode, and its pixels in RGB."""
+    if mode.startswith("I") or mode in ("1", "L", "LA", "La", "F"):
+        values = np.where(GREYS > 100, 255, 0).astype(np.uint8) if mode == "1" else GREYS
+        if mode in ("I;16", "I;16L", "I;16B", "I;16N"):
+            deep = (GREYS.astype(np.uint16) * 256).astype({"I;16B": ">u2", "I;16N": "=u2"}.get(mode, "<u2"))
+            return Image.frombytes(mode, GREYS.shape[::-1], deep.tobytes()), grey(GREYS)
+        if mode == "I":
+            return Image.fromarray(GREYS.astype(np.int32) * 256), grey(GREYS)
+        return (Image.fromarray(values).convert("LA") if mode == "La" else Image.fromarray(values)).convert(
+            mode
+        ), grey(values)
+    image = Image.fromarray(COLOURS[INDICES])
+    if mode in ("P", "PA"):
+        return Image.open(io.BytesIO(palette_image())).convert(mode), COLOURS[INDICES]
+    return (image.convert("RGBA") if mode == "RGBa" else image).convert(mode), COLOURS[INDICES]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_pillow_shows_the_same_picture(mode: str) -> None:
+    image, want = in_mode(mode)
+    assert image.mode == mode
+    sample = Images([(image, 0)], pixels_of, seed=0)[0]
+    assert sample.image is not None, sample.reason
+    assert np.abs(sample.image.numpy().astype(int) - want).max() <= MODES[mode]
+
+
+def test_premultiplied_colours_are_divided_by_their_alpha() -> None:
+    image = Image.new("RGBA", (2, 1), (200, 100, 50, 51))
+    image.putpixel((1, 0), (0, 255, 0, 255))
+    pixels = np.asarray(decode(image.convert("RGBa"))[0])
+    assert np.abs(pixels.astype(int) - np.array([[[200, 100, 50], [0, 255, 0]]])).max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "PA"])
+def test_drawing_in_alpha_alone_is_unreadable_and_not_black(mode: str) -> None:
+    drawing = Image.merge("RGBA", [Image.new("L", (8, 4))] * 3 + [Image.fromarray(GREYS)])
+    if mode == "PA":
+        drawing = Image.merge("PA", [Image.new("L", (8, 4)), Image.fromarray(GREYS)])
+    elif mode == "LA":
+        drawing = Image.merge("LA", [Image.new("L", (8, 4)), Image.fromarray(GREYS)])
+    elif mode == "RGBa":
+        drawing = drawing.convert("RGBa")
+    with refused("only their transparency differs", "put it on a background"):
+        decode(drawing)
+
+
+def test_mode_that_is_not_known_is_unreadable_with_its_name() -> None:
+    image = Image.new("RGB", (2, 2))
+    image._mode = "CMYK;7"  # type: ignore[attr-defined]
+    with refused("CMYK;7", "unknown"):
+        decode(image)
 
 
 def test_cmyk_is_inverted_ink() -> None:
@@ -160,6 +292,43 @@ def test_upright_photograph_is_no_fault() -> None:
     pixels, fault = decoded(content, upright=True)
     assert fault == ""
     assert np.abs(pixels.astype(int) - stored).max() <= 3
+
+
+UNDECODABLE = {
+    "junk": b"Exif\0\0what is this",
+    "cut off": b"MM\0*\0\0\0\x08\0\x05\1\x12",
+    "endless": b"II*\0\xff\xff\xff\xff",
+}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("exif", UNDECODABLE)
+def test_exif_that_cannot_be_decoded_costs_no_image(kind: str, exif: str) -> None:
+    content = encoded(Image.new("RGB", (16, 8), (200, 100, 50)), kind, exif=UNDECODABLE[exif])
+    for upright in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of some of them
+            sample = Images([(Image.open(io.BytesIO(content)), 0)], pixels_of, seed=0, upright=upright)[0]
+        assert sample.image is not None, sample.reason
+        assert np.abs(sample.image.numpy().astype(int) - [200, 100, 50]).max() <= 6
+
+
+def test_exif_that_cannot_be_decoded_is_told_where_images_are_to_be_turned_by_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    content = encoded(photo(), "PNG", exif=UNDECODABLE["junk"])
+    for upright in (False, True):
+        dataset = Images([(Image.open(io.BytesIO(content)), 0)], pixels_of, seed=0, upright=upright)
+        dataset.tell(collate([dataset[0]]))
+        assert told(caplog) == ["possibly turned (its EXIF cannot be decoded) image: image 0"] * upright
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_deflate"])
+def test_tiff_that_pillow_turns_by_itself_is_not_turned_twice(compression: str | None) -> None:
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = 6
+    content = encoded(Image.fromarray(COLOURS[INDICES]), "TIFF", exif=exif, compression=compression)
+    np.testing.assert_array_equal(decoded(content, upright=True)[0], np.rot90(COLOURS[INDICES], -1))
 
 
 def test_very_large_image_is_decoded_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +448,29 @@ def test_any_dataset_of_pairs_will_do(paths: bool, names: list[str]) -> None:
     assert broken[0] is None
     assert broken[2:] == (1, UNREADABLE, "image file is truncated (12 bytes not processed)")
     assert [dataset.name(0), dataset.name(1)] == names
+
+
+@pytest.mark.parametrize("dataset", ["", "torch/folder"])
+def test_deep_greys_of_a_folder_are_decoded_here_and_not_by_torchvision(dataset: str, tmp_path: Path) -> None:
+    root = write_images(tmp_path, {"train": {"cat": 1}})
+    (root / "train/cat/0.png").write_bytes(encoded(Image.fromarray(DEEP.repeat(16, 0).repeat(8, 1)), "PNG"))
+    transform = {"data.crop_pct": 1.0, "data.img_size": 32, "data.interpolation": "bilinear"}
+    config = config_of(root, **transform, **{"data.dataset": dataset, "data.val_split": "train"})
+    image = data.create_split(config, train=False).dataset[0].image  # type: ignore[index]
+    assert image is not None
+    np.testing.assert_array_equal((image[0] * 255).round().numpy()[::16, ::8], DEEP // 256)
+
+
+def test_torchvisions_loader_converts_nothing_before_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_images(tmp_path, {"train": {"cat": 1}})
+    (root / "train/cat/0.png").write_bytes(encoded(Image.fromarray(DEEP.astype(np.uint16)), "PNG"))
+    monkeypatch.setattr(data, "create_dataset", lambda name, **options: ImageFolder(root / "train"))
+    dataset = data.create_split(config_of(root, **{"data.dataset": "torch/imagenet"}), train=True).dataset
+    assert isinstance(dataset, Images)
+    dataset.transform = pixels_of
+    image = dataset[0].image
+    assert image is not None
+    np.testing.assert_array_equal(image.numpy(), grey((DEEP // 256).astype(np.uint8)))
 
 
 def test_error_of_a_transform_is_not_taken_for_a_broken_image() -> None:

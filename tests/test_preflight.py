@@ -48,16 +48,33 @@ def folder_split(root: Path, **changes: Any) -> data.Split:
 
 def test_rarest_and_commonest_class_of_a_folder_are_counted(tmp_path: Path) -> None:
     write_images(tmp_path, {"train": {"ape": 2, "bat": 5, "cat": 1}})
-    counts = preflight.class_counts(folder_split(tmp_path).dataset)
-    assert counts == "1 (class 2) to 5 (class 1) images per class"
+    split = folder_split(tmp_path)
+    counts = preflight.class_counts(split.dataset, split.class_to_idx)
+    assert counts == "1 (cat) to 5 (bat) images per class"
+
+
+def test_class_without_an_image_is_the_rarest() -> None:
+    dataset = Images(SimpleNamespace(targets=[0, 0, 2]), torch.as_tensor, seed=0)
+    counts = preflight.class_counts(dataset, {"ape": 0, "bat": 1, "cat": 2})
+    assert counts == "0 (bat) to 2 (ape) images per class"
+
+
+def test_files_that_are_not_read_are_told_by_split_and_suffix(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train": {"ape": 2, "bat": 5}})
+    for name in ("a.txt", "ape/b.heic", "ape/c.heic"):
+        (tmp_path / "train" / name).touch()
+    split = folder_split(tmp_path)
+    [told] = preflight.unread(train=split, val=data.create_split(micro_config(), train=False))
+    assert told.startswith("not read in data.train_split")
+    assert told.endswith(": .heic 2, .txt 1")
 
 
 def test_classes_of_a_tar_file_are_counted(tmp_path: Path) -> None:
     write_images(tmp_path, {"train": {"ape": 2, "bat": 5}})
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         tar.add(tmp_path / "train", arcname=".")
-    counts = preflight.class_counts(folder_split(tmp_path, **{"data.train_split": "train.tar"}).dataset)
-    assert counts == "2 (class 0) to 5 (class 1) images per class"
+    split = folder_split(tmp_path, **{"data.train_split": "train.tar"})
+    assert preflight.class_counts(split.dataset, split.class_to_idx) == "2 (ape) to 5 (bat) images per class"
 
 
 @pytest.mark.parametrize("targets", [[3, 0, 3, 3, 0], torch.tensor([3, 0, 3, 3, 0])], ids=["list", "tensor"])

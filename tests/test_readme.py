@@ -12,6 +12,7 @@ import pytest
 from training_helpers import ROOT, environment, write_config
 
 from sgconvnext import checkpoint
+from sgconvnext.folders import SUFFIXES
 from sgconvnext.profile import flops
 from sgconvnext.registry import SIZES
 
@@ -40,6 +41,11 @@ def test_modules_that_the_layout_names_exist_and_none_is_missing() -> None:
         assert modules <= set(re.findall(r"\w+", line)), package
     assert there <= named
     assert named - there == {"train.py", "validate.py", "kills.py"}
+
+
+def test_suffixes_that_are_named_are_those_that_are_read() -> None:
+    [named] = re.findall(r"Read are ([^,]*), of several frames the first", README)
+    assert set(named.split()) == SUFFIXES
 
 
 def tables_of(text: str) -> list[list[dict[str, str]]]:

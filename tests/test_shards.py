@@ -349,7 +349,26 @@ def test_folders_and_meta_files_in_a_shard_are_no_samples(mode: str, root: Path)
     assert read(open_shards(root, "train-000.tar", training=False)) == [1, 0]
 
 
+def test_files_of_which_webdataset_makes_no_sample_are_counted(root: Path) -> None:
+    with tarfile.open(root / "train-000.tar", "a") as tar:
+        for name, kind in {"README": tarfile.REGTYPE, ".x.png": tarfile.REGTYPE, "link.png": tarfile.SYMTYPE}.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "0.png" if kind == tarfile.SYMTYPE else ""
+            tar.addfile(member)
+    shards = open_shards(root)
+    assert len(shards) == TOTAL
+    assert shards.unread == {"hidden or no suffix": 2, "links": 1}
+    assert open_shards(root, "train-001.tar").unread == {}
+
+
 # ---- shards that cannot be read
+
+
+def test_shards_that_were_joined_by_cat_are_refused_for_no_reader_sees_the_second(root: Path) -> None:
+    first, second = (root / f"train-00{i}.tar" for i in range(2))
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    with refused("train-000.tar", "more behind its end mark"):
+        open_shards(root)
 
 
 def test_missing_shards_are_refused(root: Path) -> None:

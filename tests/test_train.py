@@ -561,6 +561,32 @@ def test_validation_takes_another_folder_or_split_of_the_same_classes(
     assert (larger["count"], larger["loss"] != own["loss"]) == (5, True)
 
 
+def test_run_and_its_evaluation_name_the_classes_and_the_files_that_are_not_read(
+    run_here: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """Classes with folders in them, and pictures that nobody reads."""
+    caplog.set_level(logging.INFO)
+    nested = {"cat/day": 6, "cat/night": 6, "dog": 4}
+    write_images(tmp_path, {"train": nested, "val": {"cat/night": 2, "dog/day": 1}})
+    for name in ("train/cat/a.heic", "train/dog/b.heic", "train/notes.txt", "val/dog/c.svg"):
+        (tmp_path / name).touch()
+    knobs = {"data.dataset": "", "data.root": str(tmp_path), "model.num_classes": None, "epochs": 1}
+    out = micro_run(run_here, tmp_path / "run", **knobs)
+    before = caplog.messages[: caplog.messages.index(next(m for m in caplog.messages if m.startswith("epoch ")))]
+    assert any(line.endswith("2 classes: cat, dog") for line in before)
+    assert "16 training and 3 validation images, 4 (dog) to 12 (cat) images per class" in before
+    train_told, val_told = (line for line in before if "not read in" in line)
+    assert ("data.train_split" in train_told, train_told.endswith(".heic 2, .txt 1")) == (True, True)
+    assert ("data.val_split" in val_told, val_told.endswith(".svg 1")) == (True, True)
+    assert checkpoint.load(out / "last.pth")["class_to_idx"] == {"cat": 0, "dog": 1}
+    caplog.clear()
+    assert validated(run_here, capsys, out / "last.pth")["count"] == 3
+    assert [line for line in caplog.messages if "not read" in line] == [val_told]
+
+
 def test_validation_needs_nothing_but_the_checkpoint_and_the_validation_images(
     trained: Path, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
