@@ -13,7 +13,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 from . import checkpoint
-from .config import Augment, Config, from_dict, merge, parse_overrides
+from .config import Augment, Config, from_dict
 from .errors import one_line
 
 
@@ -107,7 +107,7 @@ def run_config(state: dict[str, Any], path: str, overrides: Sequence[str] = ()) 
     """The configuration of the run that wrote a checkpoint, with dotted overrides."""
     if missing := {"args", "epoch"} - set(state):
         raise ValueError(f"checkpoint {path!r} lacks {', '.join(sorted(missing))}; it was not written by train.py")
-    return from_dict(merge(state["args"], parse_overrides(overrides)), path)
+    return from_dict(state["args"], path, overrides)
 
 
 def trained_model(state: dict[str, Any], ema: bool, path: str, overrides: Sequence[str] = ()) -> tuple[Any, Config]:
