@@ -6,7 +6,7 @@ import functools
 import math
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -299,6 +299,9 @@ def _sections() -> list[dataclasses.Field[Any]]:
 NO_YAML = (yaml.YAMLError, RecursionError, ValueError)  # the last of !!int x, and of text that is not UTF-8
 
 
+MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which no key is given twice, and plain words are what they look like, see `RESOLVERS`."""
 
@@ -307,19 +310,29 @@ class _Loader(yaml.SafeLoader):
         self.flat: set[yaml.Node] = set()
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Take in what ``<<`` merges, which the mapping's own keys override; only those can be given twice.
+        """Put what ``<<`` merges beneath the mapping's own keys; of several merged mappings the first one wins.
 
-        A mapping comes here for itself and for every merge of it, and only at first is as it was written.
+        A mapping comes here for itself and for every merge of it. PyYAML's own decides by the identity of strings.
         """
         if node in self.flat:
             return
         self.flat.add(node)
-        bare = ("tag:yaml.org,2002:merge", "tag:yaml.org,2002:value")  # << and =, which construct nothing
-        keys = [key.value if key.tag in bare else self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} is given {keys.count(key)} times")
-        super().flatten_mapping(node)
+        own: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
+        merged: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
+        for key_node, value in node.value:
+            key = "<<" if key_node.tag == MERGE else self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.YAMLError(f"{key!r} cannot be a key")
+            if key in own:
+                raise yaml.YAMLError(f"key {key!r} is given twice")
+            own[key] = key_node, value
+            if key_node.tag == MERGE:
+                for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if not isinstance(source, yaml.MappingNode):
+                        raise yaml.YAMLError(f"<< merges keys and values, not {source.value!r}")
+                    self.flatten_mapping(source)
+                    merged = {self.construct_object(pair[0], deep=True): pair for pair in source.value} | merged
+        node.value = list((merged | {key: pair for key, pair in own.items() if pair[0].tag != MERGE}).values())
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Refuse ``&a [*a]``, which holds itself without end."""

@@ -393,7 +393,7 @@ def test_knob_of_a_starting_checkpoint_is_refused_without_one(knob: str, tmp_pat
 
 @pytest.mark.parametrize("body", ["epochs: 1\nepochs: 2", "optim: {lr: 1}\noptim: {eps: 1}", "optim: {lr: 1, lr: 2}"])
 def test_key_given_twice_is_refused(body: str, tmp_path: Path) -> None:
-    with refused("a.yaml", "given 2 times"):
+    with refused("a.yaml", "given twice"):
         load_config(write(tmp_path, a=body))
 
 
