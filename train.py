@@ -8,6 +8,11 @@ Options are section.key=value and override the YAML file; --help lists them all.
 its first update, having looked at the data, the arithmetic, memory and disk, and written nothing.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; there is nothing to save until training begins
+
 import argparse
 import contextlib
 import dataclasses
@@ -15,7 +20,6 @@ import json
 import logging
 import math
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +37,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import sgconvnext  # noqa: F401  registers the models with timm
-from sgconvnext import build, checkpoint, data, distributed, engine, optim, preflight, resume, rng
+from sgconvnext import arguments, build, checkpoint, data, distributed, engine, optim, preflight, resume, rng
 from sgconvnext.config import Config, describe, load_config, to_dict
 from sgconvnext.errors import DataError, NonFiniteError, TooManyUnreadableError
 from sgconvnext.images import Batch
@@ -103,7 +107,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=describe(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="YAML file, such as configs/digits.yaml")
+    parser.add_argument("config", type=arguments.path, help="YAML file, such as configs/digits.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="knobs that override the file; or the word check"
     )
@@ -443,5 +447,4 @@ def memory_gib(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; there is nothing to save until training begins
     main()

@@ -15,6 +15,9 @@ from torch import nn
 from . import checkpoint
 from .config import Augment, Config, from_dict
 from .errors import one_line
+from .paths import expand
+
+LOCAL = "local-dir:"  # timm's word before the path of a folder
 
 
 def create_model(config: Config, classes: int, start: bool = True) -> nn.Module:
@@ -45,6 +48,8 @@ def create_model(config: Config, classes: int, start: bool = True) -> nn.Module:
 
 def from_timm(name: str, arguments: dict[str, Any], place: str = "model ") -> nn.Module:
     """timm's model of that name, or a ValueError of one line that begins with the place."""
+    if name.startswith(LOCAL):
+        name = LOCAL + expand(name.removeprefix(LOCAL))
     if ":" not in name and not timm.is_model(name):  # hf-hub: and local-dir: names are for timm to resolve
         close = difflib.get_close_matches(name, timm.list_models(), n=1)
         raise ValueError(f"{place}{name!r} is no timm model" + (f"; did you mean {close[0]!r}?" if close else ""))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import rng
+from . import distributed, rng
 from .checkpoint import Folder
 from .engine import Training, forward_loss
 from .errors import one_line
@@ -86,7 +86,9 @@ def rehearse(t: Training, shape: tuple[int, int, int]) -> str:
         total = torch.cuda.mem_get_info(device)[1]
         need = torch.cuda.max_memory_allocated(device) + 2 * parameters  # AdamW's averages come with its first step
     else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        total = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // distributed.local("LOCAL_WORLD_SIZE", alone=1)
+        )
         sizes = [2, 4] if whole > 4 else [whole, whole]  # mixup needs pairs
         first, second = (_forward_backward(t, size, shape) for size in sizes)
         kept = first + (second - first) * (whole - sizes[0]) // 2

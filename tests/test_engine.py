@@ -268,11 +268,17 @@ def test_device_is_chosen_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> N
     assert distributed.start("cpu").device == torch.device("cpu")
 
 
+def torchrun(monkeypatch: pytest.MonkeyPatch, rank: str, size: str = "2") -> None:
+    """The environment that it gives a process."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    for name, value in (variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}).items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(("device", "backend"), [("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
 def test_backend_follows_the_device(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     joined: list[str] = []
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    torchrun(monkeypatch, rank="0", size="1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
@@ -294,10 +300,8 @@ def test_more_processes_than_gpus_are_refused_aloud(
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", rank)
+        torchrun(monkeypatch, rank)
         try:
             distributed.start("cuda")
         except ValueError as error:

@@ -313,9 +313,10 @@ def test_batch_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     t = training(large())
     machine(monkeypatch, int(gib(preflight.rehearse(t, SIZE)) * 1.5 * GIB))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    preflight.rehearse(t, SIZE)
+    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    preflight.rehearse(t, SIZE)  # left over in the environment: there is no RANK, so there are no others
+    monkeypatch.setenv("RANK", "0")
     with refused("optim.batch_per_device=4096"):
         preflight.rehearse(t, SIZE)
 
