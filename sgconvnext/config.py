@@ -379,7 +379,7 @@ def _layers(path: Path, above: tuple[Path, ...]) -> list[Layer]:
     base = tree.pop("base", None)
     if not isinstance(base, str | None):
         raise ValueError(f"{path}: base={base!r} must be one YAML file")
-    tree = {key: value for key, value in tree.items() if not str(key).startswith("x-")}  # they hold anchors
+    tree = {key: value for key, value in tree.items() if not str(key).startswith("x-")}  # which only hold anchors
     own = Layer(str(path), _typed(tree, Config, str(path)))
     if not base:
         return [own]
