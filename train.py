@@ -8,6 +8,11 @@ Options are section.key=value and override the YAML file; --help lists them all.
 its first update, having looked at the data, the arithmetic, memory and disk, and written nothing.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; there is nothing to save until training begins
+
 import argparse
 import contextlib
 import dataclasses
@@ -15,7 +20,6 @@ import json
 import logging
 import math
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +37,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import sgconvnext  # noqa: F401  registers the models with timm
-from sgconvnext import build, checkpoint, data, distributed, engine, optim, preflight, resume, rng
+from sgconvnext import arguments, build, checkpoint, data, distributed, engine, optim, preflight, resume, rng
 from sgconvnext.config import Config, describe, load_config, to_dict
 from sgconvnext.errors import DataError, NonFiniteError, TooManyUnreadableError, shortened
 from sgconvnext.images import Batch
@@ -103,7 +107,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=describe(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="YAML file, such as configs/digits.yaml")
+    parser.add_argument("config", type=arguments.path, help="YAML file, such as configs/digits.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="knobs that override the file; or the word check"
     )
@@ -228,16 +232,28 @@ class Run:
     def begin(self) -> None:
         """Make the output folder say what this run is and where it stands; nothing in it is lost."""
         self.folder.clear()
+        self.folder.adopt()
         for aside in self.folder.set_aside(after=(self.progress.epoch, self.progress.update)):
             _logger.warning("set aside as %s: it is later than %s", aside, self.saved)
         if self.saved in self.folder.files():
             self.folder.point("last.pth", self.saved)
-            *earlier, last = [-math.inf, *map(score, self.history)]
-            if self.progress.update == 0 and last == self.best > max(earlier):
-                self.folder.point("best.pth", self.saved)  # a kill may have come between checkpoint and link
+        if (best := self.unnamed_best()) is not None:
+            self.folder.point("best.pth", best)
         self.watch = Watch(self.config, self.history)
         text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
         checkpoint.write_whole(self.folder.path / "config.yaml", text.encode())
+
+    def unnamed_best(self) -> Path | None:
+        """The best epoch's checkpoint, if best.pth should be it and is not.
+
+        A kill may have come between checkpoint and link, a disk without links have lost it when the folder moved. What
+        was set aside or comes from elsewhere stays best.pth, unless the run stands right after its best epoch.
+        """
+        scores, files = [score(metrics) for metrics in self.history], self.folder.files()
+        if self.best not in scores or (file := self.folder.file(scores.index(self.best) + 1, 0)) not in files:
+            return None
+        named, here = self.folder.behind("best.pth"), self.folder.path / "best.pth"
+        return file if file != named and (file == self.saved or named in files or not here.exists()) else None
 
     def end(self) -> None:
         if self.watch:
@@ -446,5 +462,4 @@ def memory_gib(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; there is nothing to save until training begins
     main()

@@ -6,6 +6,11 @@ Prints one JSON line: top1 and top5 in percent, loss, count, and unreadable, the
 torchrun the images are shared out and each is counted once, whatever the number of processes.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which take seconds
+
 import argparse
 import json
 import logging
@@ -13,11 +18,12 @@ import logging
 import torch
 
 import sgconvnext  # noqa: F401  registers the models with timm
-from sgconvnext import build, checkpoint, data, distributed, engine, preflight
+from sgconvnext import arguments, build, checkpoint, console, data, distributed, engine, preflight
 
 _logger = logging.getLogger("validate")
 
 
+@console.interruptible()
 def main() -> None:
     args = parse_args()
     try:
@@ -40,13 +46,13 @@ def main() -> None:
     except (ValueError, OSError) as error:
         distributed.fail("validate.py", error)
     if world.is_first:
-        print(json.dumps(result))
+        console.tell("validate.py", json.dumps(result) + "\n")
     distributed.stop()
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="last.pth or best.pth of a run")
+    parser.add_argument("--checkpoint", required=True, type=arguments.path, help="last.pth or best.pth of a run")
     parser.add_argument("--data-root", help="folder that holds the validation split, if not the run's own")
     parser.add_argument("--use-ema", action="store_true", help="evaluate the average of the weights")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="knobs of the run to change")

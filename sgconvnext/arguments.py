@@ -3,12 +3,24 @@
 import math
 from argparse import ArgumentTypeError
 
+from .paths import expand
+
+WHOLE, LONGEST_S = 2**31 - 1, 10**6  # of torch's sizes; of a measurement that somebody waits for
+
+
+def path(text: str) -> str:
+    """A path in which ``~`` is the home folder."""
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
+    """A whole number of at least 1, and no larger than torch takes."""
+    if not text.isdecimal() or not 1 <= (number := int(text[:20])) <= WHOLE:
+        raise ArgumentTypeError(f"{text!r} must be a whole number of at least 1 and at most {WHOLE}")
+    return number
 
 
 def seconds(text: str) -> float:
@@ -17,8 +29,8 @@ def seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise ArgumentTypeError(f"{text!r} must be a positive number of seconds")
+    if not 0 < value <= LONGEST_S:
+        raise ArgumentTypeError(f"{text!r} must be a positive number of seconds, at most {LONGEST_S}")
     return value
 
 

@@ -15,11 +15,14 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 from . import checkpoint, fit
-from .config import Augment, Config, from_dict, merge, parse_overrides
+from .config import Augment, Config, from_dict
 from .errors import one_line
+from .paths import expand
 from .recorded import recorded
 
 _logger = logging.getLogger(__name__)
+
+LOCAL = "local-dir:"  # timm's word before the path of a folder
 
 
 def create_model(config: Config, classes: int, start: bool = True) -> nn.Module:
@@ -75,6 +78,8 @@ def _px(size: int | Sequence[int]) -> str:
 
 def from_timm(name: str, arguments: dict[str, Any], place: str = "model ") -> nn.Module:
     """timm's model of that name, or a ValueError of one line that begins with the place."""
+    if name.startswith(LOCAL):
+        name = LOCAL + expand(name.removeprefix(LOCAL))
     if ":" not in name and not timm.is_model(name):  # hf-hub: and local-dir: names are for timm to resolve
         close = difflib.get_close_matches(name, timm.list_models(), n=1)
         raise ValueError(f"{place}{name!r} is no timm model" + (f"; did you mean {close[0]!r}?" if close else ""))
@@ -142,7 +147,7 @@ def run_config(state: dict[str, Any], path: str, overrides: Sequence[str] = ()) 
         raise ValueError(f"checkpoint {path!r} lacks {', '.join(sorted(missing))}; {cure}")
     if not isinstance(state["args"], dict):
         raise ValueError(f"checkpoint {path!r} has args of another program ({type(state['args']).__name__}); {cure}")
-    return from_dict(merge(state["args"], parse_overrides(overrides)), path)
+    return from_dict(state["args"], path, overrides)
 
 
 def trained_model(state: dict[str, Any], ema: bool, path: str, overrides: Sequence[str] = ()) -> tuple[Any, Config]:

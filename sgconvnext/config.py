@@ -2,26 +2,30 @@
 
 import dataclasses
 import difflib
+import functools
 import math
+import re
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from .errors import one_line
+from .paths import expand
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def knob(default: Any, text: str) -> Any:
-    """A dataclass field with its unit or reason, which `describe` prints for --help."""
+def knob(default: Any, text: str, path: bool = False) -> Any:
+    """A dataclass field with its unit or reason, which `describe` prints for --help; in a path ``~`` is home."""
+    metadata = {"text": text, "path": path}
     if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"text": text})
-    return field(default=default, metadata={"text": text})
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,7 +39,7 @@ class Model:
     )
     drop_path: float | None = knob(None, "stochastic depth of the last block, from 0 up; null: the model's own")
     drop: float | None = knob(None, "dropout before the classifier; null: the model's own")
-    checkpoint: str = knob("", "file whose weights to start from, every key matching; '': none")
+    checkpoint: str = knob("", "file whose weights to start from, every key matching; '': none", path=True)
     checkpoint_ema: bool = knob(False, "take the EMA weights of model.checkpoint")
     new_head: bool = knob(False, "leave the classifier of model.checkpoint out, to train on other classes")
     pretrained: bool = knob(False, "timm's pretrained weights of this model")
@@ -52,9 +56,11 @@ class Data:
     dataset: str = knob(
         "", "'': folder of class folders, or tar; torch/..., hfds/..., wds/... as timm; digits; synthetic"
     )
-    root: str = knob("", "folder that holds the splits; for hfds the cache folder")
-    train_split: str = knob("train", "folder or tar file under data.root, or the dataset's own name of the split")
-    val_split: str = knob("val", "the same for validation")
+    root: str = knob("", "folder that holds the splits; for hfds the cache folder", path=True)
+    train_split: str = knob(
+        "train", "folder or tar file under data.root, or the dataset's own name of the split", path=True
+    )
+    val_split: str = knob("val", "the same for validation", path=True)
     train_samples: int | None = knob(None, "images per epoch, for datasets that cannot tell (wds, synthetic)")
     val_samples: int | None = knob(None, "validation images, for datasets that cannot tell")
     download: bool = knob(False, "let torch/... datasets download what is missing")
@@ -146,10 +152,14 @@ class Watch:
 class Config:
     """A whole run. The defaults are a plain run; configs/imagenet.yaml holds ConvNeXt's recipe."""
 
-    out: str = knob("runs/run", "output folder: config.yaml, metrics.jsonl, checkpoints, last.pth, best.pth")
+    out: str = knob(
+        "runs/run", "output folder: config.yaml, metrics.jsonl, checkpoints, last.pth, best.pth", path=True
+    )
     epochs: int = knob(300, "passes over the training data, warm-up included")
     seed: int = knob(0, "of weights, order, augmentation and mixing")
-    resume: str = knob("", "'auto': go on from the newest good checkpoint in out, if any; or a path; '': start anew")
+    resume: str = knob(
+        "", "'auto': go on from the newest good checkpoint in out, if any; or a path; '': start anew", path=True
+    )
     allow_change: str = knob(
         "", "what may differ from the resumed checkpoint: knobs, sections, processes, device, training_images"
     )
@@ -169,14 +179,50 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: naming the place, the key or value, and the cure.
     """
-    tree = merge(_read(Path(path), ()), parse_overrides(overrides))
-    return from_dict(tree, str(path))
+    return _checked([*_layers(Path(path), ()), *_command_line(overrides)])
 
 
-def from_dict(tree: dict[str, Any], place: str) -> Config:
-    """The typed, checked configuration of a nested dict, such as a checkpoint carries."""
-    config: Config = _build(Config, _typed(tree, Config, place))
-    _check_values(config)
+def from_dict(tree: dict[str, Any], place: str, overrides: Sequence[str] = ()) -> Config:
+    """The typed, checked configuration of a nested dict, such as a checkpoint carries, under overrides."""
+    return _checked([Layer(place, _typed(tree, Config, place)), *_command_line(overrides)])
+
+
+class Layer(NamedTuple):
+    """Knobs by section, each of its type, and the place that states them."""
+
+    place: str
+    tree: dict[str, Any]
+
+    def states(self, key: str) -> bool:
+        """Whether the knob, as in optim.lr, is set here."""
+        tree: Any = self.tree
+        for part in key.split("."):
+            if not isinstance(tree, dict) or part not in tree:
+                return False
+            tree = tree[part]
+        return True
+
+
+def _command_line(overrides: Sequence[str]) -> list[Layer]:
+    return [Layer("command line", parse_overrides(overrides))]
+
+
+def _checked(layers: Sequence[Layer]) -> Config:
+    """The configuration of layers, the last on top; an error names the one that its value comes from."""
+
+    def place(key: str) -> str:
+        return next((layer.place for layer in reversed(layers) if layer.states(key)), "by default")
+
+    config: Config = _build(Config, functools.reduce(merge, (layer.tree for layer in layers)))
+    for key, value in _values(config).items():
+        section, _, name = key.rpartition(".")
+        holder = getattr(config, section) if section else config
+        if holder.__dataclass_fields__[name].metadata["path"]:
+            try:
+                setattr(holder, name, expand(value))  # here, so that what is recorded is what is used
+            except ValueError as error:
+                raise ValueError(f"{place(key)}: {key}={error}") from error
+    _check_values(config, place)
     return config
 
 
@@ -189,7 +235,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"command line: {text!r} is no override; write section.key=value, as in optim.lr=1e-3")
         try:
             leaf: Any = value if _is_text(path) else yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
+        except NO_YAML as error:
             raise ValueError(f"command line: the value of {text!r} is no YAML; put it in quotes") from error
         for key in reversed(path.split(".")):
             leaf = {key: leaf}
@@ -250,41 +296,98 @@ def _sections() -> list[dataclasses.Field[Any]]:
     return [item for item in dataclasses.fields(Config) if dataclasses.is_dataclass(item.type)]
 
 
+NO_YAML = (yaml.YAMLError, RecursionError, ValueError)  # the last of !!int x, and of text that is not UTF-8
+
+
+MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 2026-11-22 is text, such as the name of a folder, and no key is given twice."""
+    """Safe YAML in which no key is given twice, and plain words are what they look like, see `RESOLVERS`."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} is given {keys.count(key)} times")
-        return super().construct_mapping(node, deep)
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.flat: set[yaml.Node] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what ``<<`` merges beneath the mapping's own keys; of several merged mappings the first one wins.
+
+        A mapping comes here for itself and for every merge of it. PyYAML's own decides by the identity of strings.
+        """
+        if node in self.flat:
+            return
+        self.flat.add(node)
+        own: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
+        merged: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
+        for key_node, value in node.value:
+            key = "<<" if key_node.tag == MERGE else self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.YAMLError(f"{key!r} cannot be a key")
+            if key in own:
+                raise yaml.YAMLError(f"key {key!r} is given twice")
+            own[key] = key_node, value
+            if key_node.tag == MERGE:
+                for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if not isinstance(source, yaml.MappingNode):
+                        raise yaml.YAMLError(f"<< merges keys and values, not {source.value!r}")
+                    self.flatten_mapping(source)
+                    merged = {self.construct_object(pair[0], deep=True): pair for pair in source.value} | merged
+        node.value = list((merged | {key: pair for key, pair in own.items() if pair[0].tag != MERGE}).values())
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse ``&a [*a]``, which holds itself without end."""
+        if self.check_event(yaml.AliasEvent):
+            anchor = self.peek_event().anchor
+            if getattr(self.anchors.get(anchor), "end_mark", "") is None:
+                raise yaml.YAMLError(f"*{anchor} is inside of &{anchor}")
+        return super().compose_node(parent, index)
 
 
+# YAML 1.1 reads 010 as 8, 1:30 as 90 and 2026-11-22, the name of a folder, as a date: here they are text.
+# It reads 1e-6, without a dot, as text: here it is a number.
+RESOLVERS = {
+    "int": (r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
+_REPLACED = {f"tag:yaml.org,2002:{name}" for name in (*RESOLVERS, "timestamp")}
 _Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+    first: [pair for pair in pairs if pair[0] not in _REPLACED]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+for _name, (_pattern, _first) in RESOLVERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
-def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """A YAML file over its base, each checked by itself, so that an error names the file it is in."""
-    if path.resolve() in above:
+def _layers(path: Path, above: tuple[Path, ...]) -> list[Layer]:
+    """A YAML file after its base, each checked by itself, so that an error names the file it is in."""
+    if path.resolve() in [other.resolve() for other in above]:
         raise ValueError(f"{path}: base files form a circle")
+    asked = f", the base of {above[-1]}" if above else ""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); name an existing YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML ({one_line(error)})") from error
+        raise ValueError(f"{path}{asked}: cannot be read ({error.strerror}); name an existing YAML file") from error
+    except NO_YAML as error:
+        raise ValueError(f"{path}{asked}: not valid YAML ({one_line(error)})") from error
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: holds {type(tree).__name__}, not sections of keys and values")
+        raise ValueError(f"{path}{asked}: holds {type(tree).__name__}, not sections of keys and values")
     base = tree.pop("base", None)
-    tree = _typed(tree, Config, str(path))
-    if base is None:
-        return tree
-    return merge(_read(path.parent / str(base), (*above, path.resolve())), tree)
+    if not isinstance(base, str | None):
+        raise ValueError(f"{path}: base={base!r} must be one YAML file")
+    tree = {key: value for key, value in tree.items() if not str(key).startswith("x-")}  # which only hold anchors
+    own = Layer(str(path), _typed(tree, Config, str(path)))
+    if not base:
+        return [own]
+    try:
+        beneath = path.parent / expand(base)
+    except ValueError as error:
+        raise ValueError(f"{path}: base={error}") from error
+    return [*_layers(beneath, (*above, path)), own]
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -387,68 +490,115 @@ def _suggest_choice(value: Any, hint: Any) -> str:
     return f"; did you mean {close[0]!r}?" if get_origin(hint) is Literal and close else ""
 
 
-def _check_values(config: Config) -> None:
+Range = tuple[Callable[[Any], bool], str]
+
+AT_LEAST_0: Range = (lambda value: value >= 0, "at least 0")
+AT_LEAST_1: Range = (lambda value: value >= 1, "at least 1")
+POSITIVE: Range = (lambda value: value > 0, "positive")
+SHARE: Range = (lambda value: 0 <= value <= 1, "between 0 and 1")
+BELOW_1: Range = (lambda value: 0 <= value < 1, "at least 0 and below 1")
+FACTOR: Range = (lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+# What a knob must be; null is always well where a knob takes it. Bounds from above are of what nobody can mean and
+# what would hang, or fail without naming the knob.
+RANGES: dict[str, Range] = {
+    "epochs": (lambda value: 1 <= value <= 10**6, "between 1 and 1000000"),
+    "seed": (lambda value: 0 <= value < 2**32, f"between 0 and {2**32 - 1}"),  # which NumPy takes
+    "out": (bool, "a folder"),
+    "model.num_classes": AT_LEAST_1,
+    "model.img_size": (lambda value: _smallest(value) >= 1, "at least 1"),
+    "model.drop_path": BELOW_1,
+    "model.drop": BELOW_1,
+    "data.img_size": (lambda value: _smallest(value) >= 32, "at least 32 pixels, for one token in the last stage"),
+    "data.crop_pct": (lambda value: 0.1 <= value <= 1, "between 0.1 and 1"),
+    "data.train_samples": AT_LEAST_1,
+    "data.val_samples": AT_LEAST_1,
+    "data.workers": (lambda value: 0 <= value <= 1024, "between 0 and 1024"),
+    "data.std": (lambda value: min(value) > 0, "positive"),
+    "data.max_unreadable": BELOW_1,
+    "augment.scale": (lambda value: 0 < value[0] <= value[1] <= 1, "0 < low <= high <= 1"),
+    "augment.ratio": (lambda value: 0 < value[0] <= value[1], "0 < low <= high"),
+    "augment.recount": (lambda value: 1 <= value <= 1000, "between 1 and 1000"),
+    "augment.color_jitter": AT_LEAST_0,
+    "augment.mixup": AT_LEAST_0,
+    "augment.cutmix": AT_LEAST_0,
+    "augment.hflip": SHARE,
+    "augment.reprob": SHARE,
+    "augment.mixup_prob": SHARE,
+    "augment.mixup_switch_prob": SHARE,
+    "augment.smoothing": BELOW_1,
+    "optim.global_batch": AT_LEAST_1,
+    "optim.batch_per_device": AT_LEAST_1,
+    "optim.lr": POSITIVE,
+    "optim.weight_decay": AT_LEAST_0,
+    "optim.betas": (lambda value: 0 <= min(value) <= max(value) < 1, "at least 0 and below 1"),
+    "optim.eps": AT_LEAST_0,
+    "optim.layer_decay": FACTOR,
+    "optim.clip_grad": (lambda value: value > 0, "positive, or null"),
+    "ema.decay": BELOW_1,
+    "run.log_every": AT_LEAST_1,
+    "run.max_skips": AT_LEAST_0,
+    "save.every": (lambda value: value >= 1, "at least 1, or null"),
+    "save.keep": AT_LEAST_1,
+    "save.max_failures": AT_LEAST_1,
+}
+WHOLE = 2**31 - 1  # torch takes no larger size
+TINY, HUGE = 2.0**-126, 2.0**127  # of float32, in which training computes: beyond them 0 and infinity begin
+
+
+def _smallest(size: int | tuple[int, int]) -> int:
+    return size if isinstance(size, int) else min(size)
+
+
+def _check_values(config: Config, place: Callable[[str], str]) -> None:
     """Ranges, and pairs of knobs that exclude each other; what depends on data or devices is checked where it is."""
-    model, data, augment, optim = config.model, config.data, config.augment, config.optim
-    sizes = [data.img_size] if isinstance(data.img_size, int) else list(data.img_size)
-    for key, value, ok, cure in [
-        ("epochs", config.epochs, config.epochs >= 1, "at least 1"),
-        ("seed", config.seed, config.seed >= 0, "at least 0"),
-        ("out", repr(config.out), config.out != "", "a folder"),
-        ("model.new_head", model.new_head, model.checkpoint or not model.new_head, "false without model.checkpoint"),
+    for key, value in _values(config).items():
+        holds, cure = RANGES.get(key, (lambda _: True, ""))
+        if value is not None and not holds(value):
+            raise ValueError(f"{place(key)}: {_told(key, value)} must be {cure}")
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, int) and abs(number) > WHOLE and key != "seed":
+                raise ValueError(f"{place(key)}: {key}={value} must be at most {WHOLE}")
+            if isinstance(number, float) and number and not TINY <= abs(number) <= HUGE:
+                raise ValueError(f"{place(key)}: {key}={value} must be 0, or of size {TINY:.2g} to {HUGE:.2g}")
+    _check_pairs(config, place)
+
+
+def _check_pairs(config: Config, place: Callable[[str], str]) -> None:
+    """Of two knobs that exclude each other, both and their places are told."""
+    model, augment, optim = config.model, config.augment, config.optim
+    values, start = _values(config), bool(model.checkpoint)
+    mix = "augment.mixup" if augment.mixup > 0 else "augment.cutmix"
+    for key, holds, cure, other in [
+        ("model.new_head", start or not model.new_head, "false with", "model.checkpoint"),
+        ("model.checkpoint_ema", start or not model.checkpoint_ema, "false with", "model.checkpoint"),
+        ("model.pretrained", not (start and model.pretrained), "false with", "model.checkpoint"),
+        ("optim.min_lr", 0 <= optim.min_lr <= optim.lr, "between 0 and", "optim.lr"),
+        ("optim.warmup_epochs", 0 <= optim.warmup_epochs < config.epochs, "at least 0 and below", "epochs"),
         (
-            "model.checkpoint_ema",
-            model.checkpoint_ema,
-            model.checkpoint or not model.checkpoint_ema,
-            "false without model.checkpoint",
+            "optim.batch_per_device",
+            values[mix] == 0 or optim.batch_per_device % 2 == 0,
+            "even, as mixup mixes a batch with its own reverse, with",
+            mix,
         ),
-        ("model.pretrained", model.pretrained, not (model.pretrained and model.checkpoint), "false, or no checkpoint"),
-        ("model.num_classes", model.num_classes, model.num_classes is None or model.num_classes > 0, "at least 1"),
-        ("model.drop_path", model.drop_path, 0 <= (model.drop_path or 0) < 1, "at least 0 and below 1"),
-        ("model.drop", model.drop, 0 <= (model.drop or 0) < 1, "at least 0 and below 1"),
-        ("data.img_size", data.img_size, min(sizes) >= 32, "at least 32 pixels, for one token in the last stage"),
-        ("data.crop_pct", data.crop_pct, 0 < data.crop_pct <= 1, "above 0 and at most 1"),
-        ("data.train_samples", data.train_samples, data.train_samples is None or data.train_samples > 0, "at least 1"),
-        ("data.val_samples", data.val_samples, data.val_samples is None or data.val_samples > 0, "at least 1"),
-        ("data.workers", data.workers, data.workers >= 0, "at least 0"),
-        ("data.std", data.std, min(data.std) > 0, "positive"),
-        ("augment.scale", augment.scale, 0 < augment.scale[0] <= augment.scale[1] <= 1, "0 < low <= high <= 1"),
-        ("augment.ratio", augment.ratio, 0 < augment.ratio[0] <= augment.ratio[1], "0 < low <= high"),
-        ("augment.recount", augment.recount, augment.recount >= 1, "at least 1"),
-        ("augment.mixup", augment.mixup, augment.mixup >= 0, "at least 0"),
-        ("augment.cutmix", augment.cutmix, augment.cutmix >= 0, "at least 0"),
-        *(
-            (f"augment.{key}", getattr(augment, key), 0 <= getattr(augment, key) <= 1, "between 0 and 1")
-            for key in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob")
-        ),
-        ("augment.smoothing", augment.smoothing, 0 <= augment.smoothing < 1, "at least 0 and below 1"),
-        ("optim.global_batch", optim.global_batch, optim.global_batch >= 1, "at least 1"),
-        ("optim.batch_per_device", optim.batch_per_device, optim.batch_per_device >= 1, "at least 1"),
-        ("optim.lr", optim.lr, optim.lr > 0, "positive"),
-        ("optim.min_lr", optim.min_lr, 0 <= optim.min_lr <= optim.lr, f"between 0 and optim.lr={optim.lr}"),
-        (
-            "optim.warmup_epochs",
-            optim.warmup_epochs,
-            0 <= optim.warmup_epochs < config.epochs,
-            f"at least 0 and below epochs={config.epochs}",
-        ),
-        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
-        ("optim.betas", optim.betas, 0 <= min(optim.betas) <= max(optim.betas) < 1, "at least 0 and below 1"),
-        ("optim.eps", optim.eps, optim.eps >= 0, "at least 0"),
-        ("optim.layer_decay", optim.layer_decay, 0 < optim.layer_decay <= 1, "above 0 and at most 1"),
-        ("optim.clip_grad", optim.clip_grad, optim.clip_grad is None or optim.clip_grad > 0, "positive, or null"),
-        ("ema.decay", config.ema.decay, 0 <= config.ema.decay < 1, "at least 0 and below 1"),
-        ("run.log_every", config.run.log_every, config.run.log_every >= 1, "at least 1"),
-        ("run.max_skips", config.run.max_skips, config.run.max_skips >= 0, "at least 0"),
-        ("data.max_unreadable", data.max_unreadable, 0 <= data.max_unreadable < 1, "at least 0 and below 1"),
-        ("save.every", config.save.every, config.save.every is None or config.save.every >= 1, "at least 1, or null"),
-        ("save.keep", config.save.keep, config.save.keep >= 1, "at least 1"),
-        ("save.max_failures", config.save.max_failures, config.save.max_failures >= 1, "at least 1"),
     ]:
-        if not ok:
-            raise ValueError(f"{key}={value} must be {cure}")
-    mixes = augment.mixup > 0 or augment.cutmix > 0
-    if mixes and optim.batch_per_device % 2:
-        raise ValueError(
-            f"optim.batch_per_device={optim.batch_per_device} must be even: mixup mixes a batch with its own reverse"
-        )
+        if not holds:
+            where = f" ({place(other)})" if place(other) != place(key) else ""
+            raise ValueError(
+                f"{place(key)}: {_told(key, values[key])} must be {cure} {_told(other, values[other])}{where}"
+            )
+
+
+def _values(config: Config) -> dict[str, Any]:
+    """Knob to value, but for model.kwargs."""
+    found: dict[str, Any] = {}
+    for section in ("", *(item.name for item in _sections())):
+        holder = getattr(config, section) if section else config
+        for item in dataclasses.fields(holder):
+            if "text" in item.metadata and item.default is not dataclasses.MISSING:
+                found[f"{section}.{item.name}".lstrip(".")] = getattr(holder, item.name)
+    return found
+
+
+def _told(key: str, value: Any) -> str:
+    return f"{key}={value!r}" if isinstance(value, str) else f"{key}={value}"

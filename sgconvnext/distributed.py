@@ -1,5 +1,6 @@
 """The processes of a run: one per device, started by torchrun, or a single one."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -94,6 +95,39 @@ class World:
         return outcome[0]
 
 
+NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of torchrun's environment
+
+
+def launched() -> bool:
+    """Whether a launcher such as torchrun started this process as one of several, or says that it did.
+
+    RANK decides, which torch needs. Without it a LOCAL_RANK or LOCAL_WORLD_SIZE is left over from something else.
+    """
+    return "RANK" in os.environ
+
+
+def local(name: str, alone: int) -> int:
+    """LOCAL_RANK or LOCAL_WORLD_SIZE; ``alone`` is that of a process which no launcher started."""
+    return int(os.environ.get(name, alone)) if launched() else alone
+
+
+def _check_environment() -> None:
+    """Half an environment would end in a message of torch's, or in all processes on one GPU.
+
+    Raises:
+        ValueError: naming the variables.
+    """
+    cure = "start with torchrun, or unset RANK for a single process"
+    if missing := [name for name in NEEDED if name not in os.environ]:
+        raise ValueError(f"the environment has RANK={os.environ['RANK']!r} but no {', '.join(missing)}; {cure}")
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ.get(name, "1").isdecimal():
+            raise ValueError(f"{name}={os.environ[name]!r} in the environment must be a whole number; {cure}")
+    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        ranks = f"RANK={os.environ['RANK']}, WORLD_SIZE={os.environ['WORLD_SIZE']}"
+        raise ValueError(f"{ranks} in the environment: ranks count from 0; {cure}")
+
+
 def start(device: str) -> World:
     """Join the process group that torchrun's environment describes: nccl for CUDA tensors, gloo for the CPU's.
 
@@ -101,22 +135,23 @@ def start(device: str) -> World:
         device: "auto" (CUDA if there), "cuda" or "cpu".
 
     Raises:
-        ValueError: CUDA asked for and absent, or more processes on this machine than GPUs.
+        ValueError: CUDA asked for and absent, more processes on this machine than GPUs, or half an environment.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device=cuda, but no CUDA device is there; use run.device=cpu, or auto")
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if launched():
+        _check_environment()
+    local_rank, local_size = local("LOCAL_RANK", alone=0), local("LOCAL_WORLD_SIZE", alone=1)
     if on_cuda:
-        if local_size > torch.cuda.device_count():
+        if max(local_size, local_rank + 1) > torch.cuda.device_count():
             raise ValueError(
-                f"torchrun started {local_size} processes on a machine with {torch.cuda.device_count()} GPUs; "
-                "lower --nproc-per-node"
+                f"torchrun started {max(local_size, local_rank + 1)} processes on a machine with "
+                f"{torch.cuda.device_count()} GPUs; lower --nproc-per-node"
             )
         torch.cuda.set_device(local_rank)
     where = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
-    if "RANK" not in os.environ:
+    if not launched():
         return World(rank=0, size=1, device=where)
     follow_parent(signal.SIGTERM)  # no process of a run trains on alone when torchrun is killed
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=where if on_cuda else None)
@@ -132,6 +167,19 @@ def stop() -> None:
 def fail(program: str, error: Exception, code: int = 2, alone: bool = False) -> NoReturn:
     """End this process with one line; once per machine where the others fail alike, always where it fails alone."""
     stop()
-    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
-        sys.stderr.write(f"{program}: error: {one_line(error)}\n")
+    if alone or not _has_company() or os.environ["LOCAL_RANK"] == "0":
+        complain(f"{program}: error: {one_line(error)}")
     sys.exit(code)
+
+
+def _has_company() -> bool:
+    """Whether other processes of this machine can tell for this one."""
+    return all(name in os.environ for name in NEEDED) and os.environ["WORLD_SIZE"] != "1"
+
+
+def complain(text: str) -> None:
+    """Write to standard error, where there is one; if it is full, the exit code must do."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()

@@ -24,7 +24,7 @@ from timm.data import infer_imagenet_subset
 from timm.models._hub import save_config_for_hf  # save_for_hf, which is public, writes no metadata beside the weights
 from torch import nn
 
-from . import build, checkpoint, distributed
+from . import arguments, build, checkpoint, console, distributed
 from .config import Config
 from .data import class_names
 from .model_card import model_card
@@ -32,13 +32,14 @@ from .model_card import model_card
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # timm's names
 
 
+@console.interruptible()
 def main() -> None:
     args = parse_args()
     try:
         told = export_checkpoint(args.checkpoint, args.folder, args.use_ema)
     except ValueError as error:
         distributed.fail("sgconvnext.export", error)
-    print(told)  # noqa: T201  this module is a command
+    console.tell("sgconvnext.export", told + "\n")
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,8 +48,8 @@ def parse_args() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", help="last.pth or best.pth of a run")
-    parser.add_argument("folder", help="folder to write; it must not hold exported weights yet")
+    parser.add_argument("checkpoint", type=arguments.path, help="last.pth or best.pth of a run")
+    parser.add_argument("folder", type=arguments.path, help="folder to write; it must not hold exported weights yet")
     parser.add_argument("--use-ema", action="store_true", help="export the average of the weights")
     return parser.parse_args()
 

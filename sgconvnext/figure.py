@@ -12,12 +12,14 @@ COLOURS = ("#d95f02", "#1f77b4", "#2ca02c", "#7b4ab8", "#8c564b", "#555555")
 
 
 def check(path: Path) -> None:
-    """Refuse what would fail after the work of a picture is done: no matplotlib, or no folder to write to.
+    """Refuse what would fail after the work of a picture is done: no matplotlib, no PNG, no folder to write to.
 
     Raises:
         ValueError: one of them.
     """
     new(1, 1)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{str(path)!r} cannot be a picture: pictures are PNG files; name it {path.stem}.png")
     if (path.exists() and not path.is_file()) or not path.resolve().parent.is_dir():
         raise ValueError(f"{str(path)!r} cannot be a picture: name a file in a folder that is there")
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import rng
-from .checkpoint import Folder
+from . import distributed, rng
+from .checkpoint import COPY, SYMBOLIC, Folder, links
 from .data import Split, class_names
 from .engine import Training, forward_loss
 from .errors import one_line
@@ -20,6 +20,7 @@ from .folders import counted
 from .images import Batch, Images
 
 GIB = 2**30
+STAND_INS = ("last.pth", "best.pth")
 
 
 def kernels(model: nn.Module, img_size: int | tuple[int, int]) -> list[str]:
@@ -60,22 +61,32 @@ def checkpoint_bytes(t: Training) -> int:
 
 
 def disk(out: Path, size: int, keep: int) -> str:
-    """Free space against the checkpoints that a run keeps at a time: the newest, the best, and one being written.
+    """Free space against the checkpoints that a run keeps at a time, and what the disk has in place of links.
+
+    They are the newest, the best, and one being written; where last.pth and best.pth are copies, these and one more.
 
     Raises:
-        ValueError: it does not suffice for them.
+        ValueError: it does not suffice for them, or files cannot be replaced on it.
     """
     folder = next(path for path in [out.absolute(), *out.absolute().parents] if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"out={str(out)!r} cannot be written: {folder} is no writable folder; name another")
     free = shutil.disk_usage(folder).free
-    missing = max(1, keep + 2 - len(Folder(out).files()))
+    try:
+        kind = links(folder)
+    except OSError as error:
+        raise ValueError(f"out={str(out)!r} cannot hold checkpoints ({one_line(error)}); name another disk") from error
+    written, copies = (2, 3) if kind == COPY else (1, 0)
+    most, there = keep + 2 + copies, len(Folder(out).files())
+    there += sum((out / name).is_file() and not (out / name).is_symlink() for name in STAND_INS) if copies else 0
+    missing = max(written, most - there)
     if free < missing * size:
         raise ValueError(
             f"out={str(out)!r} has {_shown(free)} free, but {missing} more checkpoints of {_shown(size)} need to fit; "
             "make room, lower save.keep, or name another disk"
         )
-    return f"{_shown(size)} a checkpoint, {keep + 2} at most at a time; {_shown(free)} free in {out}"
+    told = "" if kind == SYMBOLIC else f"; it has no symbolic links, so {' and '.join(STAND_INS)} are {kind}"
+    return f"{_shown(size)} a checkpoint, {most} at most at a time; {_shown(free)} free in {out}{told}"
 
 
 def _shown(size: int) -> str:
@@ -102,7 +113,9 @@ def rehearse(t: Training, shape: tuple[int, int, int]) -> str:
         total = torch.cuda.mem_get_info(device)[1]
         need = torch.cuda.max_memory_allocated(device) + 2 * parameters  # AdamW's averages come with its first step
     else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        total = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // distributed.local("LOCAL_WORLD_SIZE", alone=1)
+        )
         sizes = [2, 4] if whole > 4 else [whole, whole]  # mixup needs pairs
         first, second = (_forward_backward(t, size, shape) for size in sizes)
         kept = first + (second - first) * (whole - sizes[0]) // 2

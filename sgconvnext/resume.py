@@ -42,11 +42,18 @@ def find(config: Config, folder: Folder) -> Path | None:
         if newest is None and (any(map(Path.is_symlink, links)) or (metrics.exists() and metrics.stat().st_size)):
             raise ValueError(f"out={config.out!r} has lost the checkpoints of its run; name another out to start anew")
         return newest
-    if held and (not config.resume or out.resolve() not in given.resolve().parents):
+    if held and (not config.resume or not any(_same(parent, out) for parent in given.resolve().parents)):
         raise ValueError(f"out={config.out!r} already holds a run; resume=auto continues it, another out starts anew")
     if not config.resume:
         return None
-    return out / given.resolve().name if given.resolve().parent == out.resolve() else given
+    if not _same(given.resolve().parent, out):
+        return given
+    return folder.behind(given.name) or out / given.resolve().name
+
+
+def _same(folder: Path, other: Path) -> bool:
+    """Also where they differ in case, on a disk that does not tell."""
+    return folder.exists() and other.exists() and folder.samefile(other)
 
 
 def facts(processes: int, device: str, training: Any, validation: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 def seed(number: int, rank: int, epoch: int | None = None) -> None:
     """Seed Python, numpy and torch: by seed + rank for the weights, as ConvNeXt; each epoch has its own stream."""
-    drawn = number + rank if epoch is None else _mix(number, rank, epoch)
+    drawn = (number + rank) % 2**32 if epoch is None else _mix(number, rank, epoch)  # NumPy takes no larger one
     _seed_cpu(drawn)
     torch.manual_seed(drawn)  # CUDA too
 

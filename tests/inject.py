@@ -4,6 +4,7 @@ stop:N         asks itself to stop in its N-th update
 nan:N:R        rank R's N-th update sees an image of NaN
 worker:N       the loader worker that loads the N-th image kills itself, once for each output folder
 full:N         the disk has no room from the N-th checkpoint on
+links:N        the disk has no symbolic links, and from N = 2 on no hard links either
 slow:S         every update takes S seconds longer
 """
 
@@ -81,7 +82,15 @@ def full(number: int) -> None:
     checkpoint.save = save
 
 
+def links(number: float) -> None:
+    def fails(path: Path, target: object, *_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    for call in ("symlink_to", "hardlink_to")[: int(number)]:
+        setattr(Path, call, fails)
+
+
 if __name__ == "__main__":
     name, *values = sys.argv.pop(1).split(":")
-    {"stop": stop, "nan": nan, "worker": worker, "full": full}[name](*map(float, values))
+    {"stop": stop, "nan": nan, "worker": worker, "full": full, "links": links}[name](*map(float, values))
     train.main()

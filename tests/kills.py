@@ -35,6 +35,7 @@ class Killed:
 
     folder: Path
     processes: int
+    script: tuple[str, ...] = ("train.py",)
     told: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -44,7 +45,7 @@ class Killed:
 
     def start(self, *overrides: str, log: Path, restarts: int = 0) -> subprocess.Popen[bytes]:
         line = command_line(
-            "train.py", self.config, f"out={self.out}", *overrides, processes=self.processes, restarts=restarts
+            *self.script, self.config, f"out={self.out}", *overrides, processes=self.processes, restarts=restarts
         )
         variables = environment(**{MARK: str(self.folder)})
         with log.open("wb") as file:
@@ -129,13 +130,13 @@ def straight(folder: Path, processes: int) -> str:
     return fingerprint(run.out / "last.pth")
 
 
-def survive(folder: Path, kills: int, processes: int, seed: int) -> list[str]:
+def survive(folder: Path, kills: int, processes: int, seed: int, script: tuple[str, ...] = ("train.py",)) -> list[str]:
     """Kill a run so many times; it must end as if nothing had happened. Returns what was done."""
     want = straight(folder / "straight", processes)
     chance, done = random.Random(seed), []
     while len(done) < kills:
         place = Path(tempfile.mkdtemp(prefix="killed-", dir=folder))
-        run = Killed(place, processes)
+        run = Killed(place, processes, script)
         ended = False
         while not ended and len(done) + len(run.told) < kills:
             number = chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

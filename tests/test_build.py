@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from helpers import mixers, refused, relative_error
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
-from training_helpers import MICRO, micro_config, noise
+from training_helpers import MICRO, micro_config, noise, trained
 
-from sgconvnext import SGConvNeXt, build, checkpoint
+from sgconvnext import SGConvNeXt, build, checkpoint, export
 
 
 def create(classes: int = 10, **changes: Any) -> Any:
@@ -194,3 +194,21 @@ def test_smoothing_of_the_loss_is_the_one_that_was_asked_for() -> None:
     criterion = build.create_criterion(micro_config(**{"augment.smoothing": 0.3}).augment)
     want = F.cross_entropy(logits, targets, label_smoothing=0.3)
     assert relative_error(criterion(logits, targets), want) <= 1e-6
+
+
+def test_folder_of_weights_is_found_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path, model, _ = trained(tmp_path)
+    export.export_checkpoint(path, str(tmp_path / "exported"))
+    found = build.from_timm("local-dir:~/exported", {"pretrained": True})
+    assert torch.equal(found.state_dict()["head.fc.weight"], model.state_dict()["head.fc.weight"])
+
+
+def test_override_of_a_checkpoints_run_is_told_by_its_place(tmp_path: Path) -> None:
+    path = trained(tmp_path)[0]
+    with refused("command line: data.crop_pct=2.0 must be"):
+        build.run_config(checkpoint.load(path), path, ["data.crop_pct=2"])
+    state = checkpoint.load(path)
+    state["args"]["data"]["crop_pct"] = 2.0
+    with refused(f"{path}: data.crop_pct=2.0 must be"):
+        build.run_config(state, path)

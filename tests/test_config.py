@@ -1,14 +1,18 @@
 """Configuration: every shipped file, every knob, ConvNeXt's recipe item by item, and every way to get one wrong."""
 
+import os
+import pwd
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from helpers import refused
 from training_helpers import CONFIGS, flatten, unflatten
 
+from sgconvnext import rng
 from sgconvnext.config import Config, describe, from_dict, load_config, parse_overrides, to_dict
 
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
@@ -393,7 +397,7 @@ def test_knob_of_a_starting_checkpoint_is_refused_without_one(knob: str, tmp_pat
 
 @pytest.mark.parametrize("body", ["epochs: 1\nepochs: 2", "optim: {lr: 1}\noptim: {eps: 1}", "optim: {lr: 1, lr: 2}"])
 def test_key_given_twice_is_refused(body: str, tmp_path: Path) -> None:
-    with refused("a.yaml", "given 2 times"):
+    with refused("a.yaml", "given twice"):
         load_config(write(tmp_path, a=body))
 
 
@@ -485,3 +489,180 @@ def test_odd_batch_cannot_be_mixed_with_its_own_reverse(mix: str) -> None:
     from_dict(unflatten(odd | {mix: 0.8, "optim.batch_per_device": 2}), "test")
     with refused("optim.batch_per_device=3", "even", "mixup"):  # timm asks for it in every mode
         from_dict(unflatten(odd | {mix: 0.8, "augment.mixup_mode": "elem"}), "test")
+
+
+# ---- the place of a value out of range
+
+
+@pytest.mark.parametrize(("key", "bad"), [(key, bad) for key, bad, _ in RANGES if key != "optim.min_lr"], ids=str)
+def test_value_out_of_range_is_told_with_the_file_that_states_it(key: str, bad: Any, tmp_path: Path) -> None:
+    text = yaml.safe_dump(unflatten({key: bad}))
+    write(tmp_path, parent=text)
+    with refused(f"{tmp_path / 'parent.yaml'}: {key}="):
+        load_config(write(tmp_path, child="base: parent.yaml"))
+    with refused(f"{tmp_path / 'top.yaml'}: {key}="):
+        load_config(write(tmp_path, top=text), ["run.tf32=true"])
+    with refused(f"command line: {key}="):
+        load_config(write(tmp_path, b=""), [f"{key}={yaml.safe_dump(bad, default_flow_style=True)}"])
+    with refused(f"runs/a.pth: {key}="):
+        from_dict(unflatten({key: bad}), "runs/a.pth")
+    with refused(f"command line: {key}="):
+        from_dict({}, "runs/a.pth", [f"{key}={yaml.safe_dump(bad, default_flow_style=True)}"])
+
+
+def test_knobs_that_exclude_each_other_are_both_told_with_their_places(tmp_path: Path) -> None:
+    write(tmp_path, recipe="epochs: 300\noptim: {warmup_epochs: 20, min_lr: 1e-6}")
+    path, recipe = write(tmp_path, a="base: recipe.yaml"), tmp_path / "recipe.yaml"
+    with refused(f"{recipe}: optim.warmup_epochs=20 must be at least 0 and below epochs=10 (command line)"):
+        load_config(path, ["epochs=10"])
+    with refused(f"{recipe}: optim.min_lr=1e-06 must be between 0 and optim.lr=1e-07 (command line)"):
+        load_config(path, ["optim.lr=1e-7"])
+    with refused("command line: model.new_head=True must be false with model.checkpoint='' (by default)"):
+        load_config(path, ["model.new_head=true"])
+    with refused("command line: model.pretrained=True must be false with model.checkpoint='a.pth'"):
+        load_config(path, ["model.pretrained=true", "model.checkpoint=a.pth"])
+    with refused("command line: optim.batch_per_device=3 must be even", "augment.cutmix=0.5"):
+        load_config(path, ["optim.batch_per_device=3", "augment.cutmix=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "good"),
+    [
+        ("seed", 20261126172558, 2**32 - 1),  # NumPy takes no larger one
+        ("epochs", 10**30, 10**6),
+        ("data.workers", 10**6, 1024),
+        ("data.train_samples", 2**31, 2**31 - 1),
+        ("data.img_size", [64, 10**30], [64, 2**31 - 1]),
+        ("model.img_size", -5, 1),
+        ("save.keep", 10**30, 1),
+        ("augment.recount", 10**9, 1000),
+        ("augment.color_jitter", -0.1, 0.0),  # it was called no policy of timm's
+        ("data.crop_pct", 1e-9, 0.1),
+        ("data.std", [1e-46, 1.0, 1.0], [0.1, 1.0, 1.0]),  # zero in float32
+        ("data.mean", [1e300, 0.0, 0.0], [-1.0, 0.0, 0.0]),
+        ("optim.lr", 1e300, 1.0),
+        ("optim.weight_decay", 1e39, 1e38),
+        ("model.drop_path", 1e-300, 0.0),
+    ],
+    ids=lambda item: str(item)[:24],
+)
+def test_number_that_would_overflow_further_down_is_refused(key: str, bad: Any, good: Any, tmp_path: Path) -> None:
+    shown = tuple(bad) if isinstance(bad, list) else bad
+    with refused(f"a.yaml: {key}={shown} must be "):
+        load_config(write(tmp_path, a=yaml.safe_dump(unflatten({key: bad}))))
+    assert flat(write(tmp_path, b=yaml.safe_dump(unflatten({key: good}))))[key] == good
+
+
+def test_seed_of_the_last_rank_may_be_one_more_than_the_largest() -> None:
+    rng.seed(2**32 - 1, rank=1)
+    assert np.random.get_state()[1][0] == 0  # type: ignore[index]
+
+
+# ---- YAML
+
+
+MERGED = """
+x-small: &small {lr: 0.5, eps: 0.25, weight_decay: 0.125}
+x-other: &other {lr: 0.75, min_lr: 0.0625}
+x-both: &both {<<: *small, lr: 0.875}
+"""
+
+
+def test_merged_keys_lie_beneath_the_mappings_own(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, a=MERGED + "optim: {eps: 1.0, <<: *small}"))
+    assert (config.optim.lr, config.optim.eps, config.optim.weight_decay) == (0.5, 1.0, 0.125)
+    config = load_config(write(tmp_path, b=MERGED + "optim: {<<: *both, weight_decay: 1.0}"))
+    assert (config.optim.lr, config.optim.eps, config.optim.weight_decay) == (0.875, 0.25, 1.0)
+
+
+@pytest.mark.parametrize(("names", "lr"), [("*small, *other", 0.5), ("*other, *small", 0.75)])
+def test_first_of_several_merged_mappings_wins(names: str, lr: float, tmp_path: Path) -> None:
+    """PyYAML 6.0.4 itself lets the last one win, but for keys of one letter."""
+    config = load_config(write(tmp_path, a=MERGED + f"optim: {{<<: [{names}]}}"))
+    assert (config.optim.lr, config.optim.eps, config.optim.min_lr) == (lr, 0.25, 0.0625)
+    config = load_config(write(tmp_path, b="model: {kwargs: {<<: [&a {x: 1}, &b {x: 2}], y: {<<: *b}}}"))
+    assert config.model.kwargs == {"x": 1, "y": {"x": 2}}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("optim: {<<: &a {lr: 1}, eps: 1, eps: 2}", "'eps' is given twice"),
+        ("optim: {<<: &a {lr: 1, lr: 2}}", "'lr' is given twice"),
+        ("x-a: &a {lr: 1}\noptim: {<<: *a, <<: *a}", "'<<' is given twice"),
+        ("optim: {<<: 3}", "<< merges keys and values, not '3'"),
+        ("optim: {<<: [3]}", "<< merges keys and values, not '3'"),
+        ("model: {kwargs: &a {x: *a}}", "*a is inside of &a"),
+        ("model: {kwargs: &a {<<: *a}}", "*a is inside of &a"),
+        ("? [a]\n: 3", "cannot be a key"),
+        ("epochs: !!int x", "invalid literal"),
+        ("out: " + "[" * 5000, "recursion"),
+    ],
+)
+def test_yaml_that_means_nothing_is_refused_with_its_file(text: str, told: str, tmp_path: Path) -> None:
+    with refused("a.yaml: not valid YAML", told):
+        load_config(write(tmp_path, a=text))
+
+
+@pytest.mark.parametrize(("text", "told"), [("010", "'010'"), ("1:30", "'1:30'"), ("0b11", "'0b11'")])
+def test_number_that_yaml_reads_as_another_is_refused(text: str, told: str, tmp_path: Path) -> None:
+    """As 8, 90 and 3."""
+    with refused("a.yaml: epochs=" + told, "whole number"):
+        load_config(write(tmp_path, a=f"epochs: {text}"))
+    with refused("command line: epochs=" + told, "whole number"):
+        load_config(write(tmp_path, b=""), [f"epochs={text}"])
+
+
+def test_number_without_a_dot_is_one_in_the_models_arguments_too(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, a=""), ["model.kwargs.ls_init_value=1e-6"])
+    assert config.model.kwargs == {"ls_init_value": 1e-6}
+
+
+def test_file_that_asks_for_a_missing_base_is_told(tmp_path: Path) -> None:
+    asking = write(tmp_path, a="base: nowhere.yaml")
+    with refused(f"{tmp_path / 'nowhere.yaml'}, the base of {asking}: cannot be read (No such file"):
+        load_config(asking)
+    write(tmp_path, broken="[")
+    with refused(f"{tmp_path / 'broken.yaml'}, the base of {tmp_path / 'b.yaml'}: not valid YAML"):
+        load_config(write(tmp_path, b="base: broken.yaml"))
+    with refused(f"{tmp_path / 'c.yaml'}: base=['a', 'b'] must be one YAML file"):
+        load_config(write(tmp_path, c="base: [a, b]"))
+
+
+# ---- the home folder
+
+PATHS = ["out", "resume", "model.checkpoint", "data.root", "data.train_split", "data.val_split"]
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_home_folder_is_found_in_paths(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    root = pwd.getpwuid(os.getuid())
+    for given, want in [
+        ("~/a b", "/home/me/a b"),
+        ("~", "/home/me"),
+        (f"~{root.pw_name}/x", f"{root.pw_dir}/x"),
+        ("./~/x", "./~/x"),
+        ("a~", "a~"),
+    ]:
+        written = yaml.safe_dump(unflatten({key: given}))
+        in_file = load_config(write(tmp_path, a=written))
+        assert flatten(to_dict(in_file))[key] == want
+        assert flat(write(tmp_path, b=""), f"{key}={given}")[key] == want
+        assert flatten(to_dict(from_dict({}, "a.pth", [f"{key}={given}"])))[key] == want
+        assert from_dict(to_dict(in_file), "again") == in_file  # what is recorded is what is compared
+    with refused(f"a.yaml: {key}='~nobody-here/x': there is no user 'nobody-here'", "'./~nobody-here/x'"):
+        load_config(write(tmp_path, a=yaml.safe_dump(unflatten({key: "~nobody-here/x"}))))
+
+
+def test_home_folder_is_found_in_the_base_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, recipe="epochs: 7")
+    (tmp_path / "sub").mkdir()
+    assert load_config(write(tmp_path / "sub", a="base: ~/recipe.yaml")).epochs == 7
+
+
+def test_paths_of_the_knobs_are_all_known() -> None:
+    """Whoever adds a path says that it is one."""
+    paths = [key for key in DEFAULTS if key.rpartition(".")[2] in ("out", "resume", "checkpoint", "root")]
+    assert {*paths, "data.train_split", "data.val_split"} == set(PATHS)

@@ -268,11 +268,17 @@ def test_device_is_chosen_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> N
     assert distributed.start("cpu").device == torch.device("cpu")
 
 
+def torchrun(monkeypatch: pytest.MonkeyPatch, rank: str, size: str = "2") -> None:
+    """The environment that it gives a process."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    for name, value in (variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}).items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(("device", "backend"), [("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
 def test_backend_follows_the_device(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     joined: list[str] = []
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    torchrun(monkeypatch, rank="0", size="1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
@@ -294,10 +300,8 @@ def test_more_processes_than_gpus_are_refused_aloud(
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", rank)
+        torchrun(monkeypatch, rank)
         try:
             distributed.start("cuda")
         except ValueError as error:
@@ -306,6 +310,79 @@ def test_more_processes_than_gpus_are_refused_aloud(
     told = capsys.readouterr().err
     assert "--nproc-per-node" in told
     assert told.count("\n") == 1
+
+
+# ---- the environment
+
+
+def in_environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    for name in (*distributed.NEEDED, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    "stray", [{"LOCAL_RANK": "3"}, {"LOCAL_RANK": "3", "WORLD_SIZE": "4"}, {"RANK": "1", "LOCAL_RANK": "1"}], ids=str
+)
+def test_refusal_is_told_in_an_environment_that_no_launcher_made(
+    stray: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_environment(monkeypatch, **stray)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        distributed.fail("train.py", ValueError("told"))
+    assert capsys.readouterr().err == "train.py: error: told\n"
+
+
+def test_process_by_itself_tells_whatever_its_local_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torchrun(monkeypatch, rank="0", size="1")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(SystemExit):
+        distributed.fail("train.py", ValueError("told"))
+    assert capsys.readouterr().err == "train.py: error: told\n"
+
+
+def test_stray_local_rank_takes_no_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_environment(monkeypatch, LOCAL_RANK="3", LOCAL_WORLD_SIZE="8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    assert distributed.start("auto").device == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"LOCAL_RANK": None}, ["RANK='1'", "no LOCAL_RANK;", "torchrun"]),
+        ({"WORLD_SIZE": None, "MASTER_ADDR": None}, ["no WORLD_SIZE, MASTER_ADDR;"]),
+        ({"RANK": ""}, ["RANK=''", "whole number", "unset RANK"]),
+        ({"LOCAL_RANK": "-1"}, ["LOCAL_RANK='-1'", "whole number"]),
+        ({"LOCAL_WORLD_SIZE": "two"}, ["LOCAL_WORLD_SIZE='two'", "whole number"]),
+        ({"RANK": "2"}, ["RANK=2, WORLD_SIZE=2", "count from 0"]),
+    ],
+    ids=str,
+)
+def test_half_an_environment_is_refused_by_name(
+    change: dict[str, str | None], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torchrun(monkeypatch, rank="1")
+    for name, value in change.items():
+        monkeypatch.delenv(name)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with refused(*words):
+        distributed.start("cpu")
+
+
+def test_local_rank_beyond_the_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchrun(monkeypatch, rank="1")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with refused("2 processes on a machine with 1 GPUs", "--nproc-per-node"):
+        distributed.start("cuda")
 
 
 def test_sum_of_one_process_is_its_own_value() -> None:

@@ -1,6 +1,7 @@
 """A run that was stopped anywhere and resumed ends bit for bit as the run that never stopped, and how it would not."""
 
 import json
+import logging
 import re
 import signal
 from collections.abc import Callable
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 from training_helpers import (
     AUGMENTED,
+    DISKS,
     TIMING,
     command,
+    disk_without,
     fingerprint,
     metrics,
     micro_run,
@@ -20,7 +23,9 @@ from training_helpers import (
 )
 
 import train
+import validate
 from sgconvnext import engine, optim, rng
+from sgconvnext.checkpoint import Folder
 
 # everything that draws random numbers or keeps a state, in 2 epochs of 5 updates of 2 forwards
 WHOLE = AUGMENTED | {"ema.decay": 0.9, "optim.batch_per_device": 8, "optim.warmup_epochs": 1, "optim.clip_grad": 1.0}
@@ -127,6 +132,55 @@ def test_kill_between_the_files_of_an_epoch_changes_nothing(
     out = micro_run(run_here, tmp_path, "resume=auto", **WHOLE)
     assert same_run(out, straight(run_here, **WHOLE))
     assert fingerprint(out / "best.pth") == fingerprint(straight(run_here, **WHOLE) / "best.pth")
+
+
+# ---- disks without symbolic links
+
+
+@pytest.mark.parametrize("disk", ["hard links", "copies"])
+def test_run_on_a_disk_without_symbolic_links_ends_as_any_other(
+    disk: str,
+    straight: Callable[..., Path],
+    run_here: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    disk_without(monkeypatch, *DISKS[disk])
+    knobs = WHOLE | {"save.every": 2, "save.keep": 1}
+    with caplog.at_level(logging.INFO):
+        out = stopped(run_here, tmp_path, 8, **knobs)
+        micro_run(run_here, tmp_path, "resume=auto", **knobs)
+    assert f"; it has no symbolic links, so last.pth and best.pth are {disk}" in caplog.text
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    other = straight(run_here, **WHOLE)
+    assert same_run(out, other)
+    assert fingerprint(out / "best.pth") == fingerprint(other / "best.pth")
+    best, last = Folder(out).behind("best.pth"), Folder(out).file(2, 0)
+    assert Folder(out).behind("last.pth") == last
+    assert set(Folder(out).files()) == {best, last}  # all others are gone
+    capsys.readouterr()
+    run_here(validate, "--checkpoint", out / "best.pth")
+    top1 = max(line["val_top1"] for line in metrics(out))
+    assert json.loads(capsys.readouterr().out)["top1"] <= top1
+    micro_run(run_here, tmp_path, f"resume={out / 'last.pth'}", **knobs)
+    assert not list(out.glob("*.aside*"))
+
+
+def test_best_is_found_again_where_moving_the_folder_has_lost_its_link(
+    run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As cp -r does onto a disk without links."""
+    out = micro_run(run_here, tmp_path, **{"epochs": 3, "optim.lr": 1e-30, "optim.min_lr": 0.0})  # no epoch is better
+    assert Folder(out).behind("best.pth") == Folder(out).file(1, 0)
+    for name in ("best.pth", "last.pth"):
+        (out / name).unlink()
+    disk_without(monkeypatch, *DISKS["copies"])
+    changed = {"epochs": 4, "save.keep": 1, "optim.lr": 1e-30, "optim.min_lr": 0.0}
+    micro_run(run_here, tmp_path, "resume=auto", "allow_change=epochs", **changed)
+    assert Folder(out).files() == [Folder(out).file(4, 0), Folder(out).file(1, 0)]
+    assert fingerprint(out / "best.pth") == fingerprint(Folder(out).file(1, 0))
 
 
 SHARDS = {"data.dataset": "wds/toy", "data.train_samples": None, "data.val_samples": None, "model.num_classes": 2}

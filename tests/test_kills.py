@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from kills import Killed, restart, survive
 
+from sgconvnext.checkpoint import Folder
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 
@@ -16,6 +18,15 @@ def test_run_survives_twelve_kills_at_random_moments(tmp_path: Path) -> None:
     for name in ("SIGTERM", "SIGINT", "SIGKILL"):
         assert sum(line.startswith(name) for line in done) >= 2, done
     assert sum("after -" not in line for line in done) >= 6, done  # the others came before the first update
+
+
+@pytest.mark.parametrize("disk", ["links:1", "links:2"], ids=["hard links", "copies"])
+def test_run_on_a_disk_without_symbolic_links_survives_kills(disk: str, tmp_path: Path) -> None:
+    assert len(survive(tmp_path, kills=2, processes=0, seed=7, script=("tests/inject.py", disk))) == 2
+    for out in tmp_path.glob("killed-*/out"):
+        assert not (out / "best.pth").is_symlink()
+        assert Folder(out).behind("best.pth") in Folder(out).files()
+        assert not list(out.glob("*.partial"))
 
 
 def test_run_of_two_processes_survives_four_kills_of_torchrun(tmp_path: Path) -> None:

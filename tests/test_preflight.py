@@ -1,5 +1,6 @@
 """What is looked at before a run: its classes, kernels, memory and disk, with nothing changed by looking."""
 
+import errno
 import os
 import re
 import shutil
@@ -18,9 +19,11 @@ import torch
 from helpers import refused
 from torch import nn
 from training_helpers import (
+    DISKS,
     MICRO,
     ROOT,
     batches_of,
+    disk_without,
     environment,
     micro_config,
     micro_model,
@@ -159,6 +162,51 @@ def test_disk_must_have_room_for_the_checkpoints_that_are_not_there_yet(
     free["bytes"] -= 1
     with refused(f"out={str(tmp_path)!r}", " free, but ", f"{missing} more", "1.00 GiB", "save.keep", "another disk"):
         preflight.disk(tmp_path, GIB, keep=3)
+
+
+@pytest.mark.parametrize(("stands", "missing"), [((), 8), (("last.pth",), 7), (("last.pth", "best.pth"), 6)], ids=str)
+def test_copies_in_place_of_links_need_room_too(
+    stands: tuple[str, ...], missing: int, free: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three newest, the best, and the one being written; last.pth, best.pth, and one of them being written."""
+    disk_without(monkeypatch, *DISKS["copies"])
+    for name in stands:
+        (tmp_path / name).touch()
+    free["bytes"] = missing * GIB
+    told = preflight.disk(tmp_path, GIB, keep=3)
+    assert told.startswith("1.00 GiB a checkpoint, 8 at most at a time; ")
+    assert told.endswith(f"free in {tmp_path}; it has no symbolic links, so last.pth and best.pth are copies")
+    free["bytes"] -= 1
+    with refused(f"{missing} more checkpoints"):
+        preflight.disk(tmp_path, GIB, keep=3)
+    for epoch in range(9):
+        checkpoint.Folder(tmp_path).file(epoch, 0).touch()
+    with refused("2 more checkpoints"):
+        free["bytes"] = 2 * GIB - 1
+        preflight.disk(tmp_path, GIB, keep=3)
+
+
+def test_hard_links_in_place_of_symbolic_ones_need_no_room(
+    free: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_without(monkeypatch, *DISKS["hard links"])
+    free["bytes"] = 5 * GIB
+    told = preflight.disk(tmp_path, GIB, keep=3)
+    assert "5 at most at a time" in told
+    assert told.endswith("; it has no symbolic links, so last.pth and best.pth are hard links")
+
+
+def test_disk_that_cannot_replace_files_is_refused(
+    free: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path, target: Path) -> Path:
+        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    free["bytes"] = 100 * GIB
+    monkeypatch.setattr(Path, "replace", fails)
+    with refused(f"out={str(tmp_path)!r} cannot hold checkpoints", "File exists", "name another disk"):
+        preflight.disk(tmp_path, GIB, keep=3)
+    assert not list(tmp_path.iterdir())
 
 
 def test_folder_that_is_not_there_yet_is_measured_by_the_one_it_will_be_in(
@@ -330,9 +378,10 @@ def test_batch_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     t = training(large())
     machine(monkeypatch, int(gib(preflight.rehearse(t, SIZE)) * 1.5 * GIB))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    preflight.rehearse(t, SIZE)
+    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    preflight.rehearse(t, SIZE)  # left over in the environment: there is no RANK, so there are no others
+    monkeypatch.setenv("RANK", "0")
     with refused("optim.batch_per_device=4096"):
         preflight.rehearse(t, SIZE)
 

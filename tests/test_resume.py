@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import refused
-from training_helpers import flatten, micro_config
+from training_helpers import DISKS, disk_without, flatten, micro_config
 
 from sgconvnext import checkpoint, resume
 from sgconvnext.checkpoint import Folder
@@ -103,6 +103,23 @@ def test_path_inside_is_found_under_the_name_that_the_folder_has_for_it(
             path = found(folder, Path(where) / given)
             assert path == folder.file(epoch, 0)
             assert path in folder.files()
+
+
+@pytest.mark.parametrize("disk", ["hard links", "copies"])
+def test_last_and_best_are_found_under_their_own_names_without_links(
+    disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_without(monkeypatch, *DISKS[disk])
+    folder = Folder(tmp_path)
+    for epoch in (1, 2, 3):
+        folder.add(folder.file(epoch, 0), STATE | {"epoch": epoch}, keep=99, best=epoch == 2)
+    for given, epoch in [("auto", 3), (tmp_path / "last.pth", 3), (tmp_path / "best.pth", 2)]:
+        assert found(folder, given) == folder.file(epoch, 0)
+    for path in folder.files():
+        path.unlink()
+    with refused("holds last.pth but no checkpoint", f"resume={tmp_path / 'last.pth'}"):
+        found(folder, "auto")
+    assert found(folder, tmp_path / "best.pth") == tmp_path / "best.pth"
 
 
 # ---- what may differ

@@ -1,5 +1,6 @@
 """What the tests of the training half share: a run of seconds, image folders, the commands, a run's fingerprint."""
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import timm
 import torch
 import yaml
@@ -165,6 +167,19 @@ def command(*arguments: object, processes: int = 0, restarts: int = 0) -> subpro
         check=False,
     )
 
+
+def disk_without(monkeypatch: pytest.MonkeyPatch, *calls: str, number: int = errno.EPERM) -> None:
+    """Paths on which ``symlink_to`` or ``hardlink_to`` fails, as on exFAT."""
+
+    def fails(path: Path, target: Any, *_: Any) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    for call in calls:
+        monkeypatch.setattr(Path, call, fails)
+
+
+# what last.pth and best.pth are on a disk, to the calls that it does not have
+DISKS = {"symbolic links": (), "hard links": ("symlink_to",), "copies": ("symlink_to", "hardlink_to")}
 
 TIMING = ["images_per_s", "data_wait", "memory_gib"]  # all else of a run is the same when it is repeated
 

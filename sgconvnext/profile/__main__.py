@@ -22,7 +22,8 @@ import torch
 
 import sgconvnext  # noqa: F401  registers the models with timm
 
-from .. import arguments, distributed, figure
+from .. import arguments, console, distributed, figure
+from ..checkpoint import write_whole
 from ..errors import is_out_of_memory
 from ..registry import SIZES
 from . import flops, gpu, ops, plot, scaling, throughput
@@ -31,6 +32,7 @@ from .table import STYLES, Table, environment, render
 from .workload import DTYPES, Workload
 
 
+@console.interruptible()
 def main() -> None:
     args = parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -41,17 +43,30 @@ def main() -> None:
         tables = args.run(args)
         command = shlex.join(["python", "-m", "sgconvnext.profile", *sys.argv[1:]])
         facts = environment(torch.device(args.device), command, **described(args))
-        sys.stdout.write(render(tables, facts, args.style))
-        if getattr(args, "out", None):
-            args.out.write_text(render(tables, facts, "json"))
-        if getattr(args, "plot", None):
-            plot.draw(tables[0].rows, args.accuracies, args.plot)
     except (ValueError, OSError) as error:
         distributed.fail("sgconvnext.profile", error)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         distributed.fail("sgconvnext.profile", RuntimeError("out of memory; lower --batch or --img-size"))
+    problem = write_files(tables, facts, args)
+    console.tell("sgconvnext.profile", render(tables, facts, args.style))
+    if problem:
+        distributed.fail("sgconvnext.profile", problem)
+    if not all(table.complete for table in tables):
+        sys.exit(console.INTERRUPTED)
+
+
+def write_files(tables: list[Table], facts: dict[str, Any], args: argparse.Namespace) -> Exception | None:
+    """What is asked for beside standard output; what failed, for after that: no file is worth the measurements."""
+    try:
+        if getattr(args, "out", None):
+            write_whole(args.out, render(tables, facts, "json").encode())
+        if getattr(args, "plot", None):
+            plot.draw(tables[0].rows, args.accuracies, args.plot)
+    except (ValueError, OSError) as error:
+        return error
+    return None
 
 
 def run_flops(args: argparse.Namespace) -> list[Table]:
@@ -61,10 +76,11 @@ def run_flops(args: argparse.Namespace) -> list[Table]:
 def run_throughput(args: argparse.Namespace) -> list[Table]:
     group = args.group or len(args.models)
     if args.plot:
+        args.plot = Path(args.plot)
         figure.check(args.plot)
     elif args.accuracy:
         raise ValueError("--accuracy is drawn by --plot; name the PNG with it")
-    args.accuracies = plot.read_accuracies(args.accuracy, args.models) if args.accuracy else {}
+    args.accuracies = plot.read_accuracies(Path(args.accuracy), args.models) if args.accuracy else {}
     works = workloads(args, args.batch, [args.img_size])
     return [throughput.table(args.models, works, group, args.rounds, args.seconds)]
 
@@ -91,9 +107,11 @@ def run_gpu(args: argparse.Namespace) -> list[Table]:
             raise ValueError(
                 f"--{name} does nothing in --part {args.part}; leave it out, or use it with --part {parts}"
             )
-    args.out = args.out or Path(f"gpu_part{args.part}.json")
-    if not args.out.parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+    args.out = Path(args.out or f"gpu_part{args.part}.json")
+    if args.out.suffix.lower() != ".json":
+        raise ValueError(f"--out {args.out}: the file is JSON; name it {args.out.stem}.json")
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: name a file in a folder that is there")
     backends = tuple(args.backends or gpu.BACKENDS_OF[args.part])
     plan = Plan(
         args.device, tuple(args.sizes), tuple(args.mode), backends=backends, reparameterize=args.reparameterize
@@ -158,8 +176,8 @@ def parse_args() -> argparse.Namespace:
     sub.add_argument("--batch", **many, default=[1], help="images at a time (1)")
     _add_versions(sub)
     sub.add_argument("--group", type=arguments.count, metavar="N", help="compare N models at a time, with their first")
-    sub.add_argument("--plot", type=Path, metavar="PNG", help="draw throughput against FLOPs")
-    sub.add_argument("--accuracy", type=Path, metavar="CSV", help="columns model, top1: draw these too")
+    sub.add_argument("--plot", type=arguments.path, metavar="PNG", help="draw throughput against FLOPs")
+    sub.add_argument("--accuracy", type=arguments.path, metavar="CSV", help="columns model, top1: draw these too")
     sub.set_defaults(run=run_throughput)
 
     sub = commands.add_parser("ops", help="the long convolution's backends next to the 7x7 convolution")
@@ -202,7 +220,7 @@ def parse_args() -> argparse.Namespace:
     sub.add_argument(
         "--deadline", type=arguments.seconds, default=gpu.DEADLINE_S, metavar="S", help=f"({gpu.DEADLINE_S:g})"
     )
-    sub.add_argument("--out", type=Path, metavar="JSON", help="file to write (gpu_partN.json)")
+    sub.add_argument("--out", type=arguments.path, metavar="JSON", help="file to write (gpu_partN.json)")
     sub.set_defaults(run=run_gpu, device="auto")
     return parser.parse_args()
 

@@ -44,6 +44,7 @@ def measure(part: int, plan: Plan, seconds: float) -> list[Table]:
     deadline = Deadline(seconds)
     tables = PARTS[part](plan, deadline)
     tables[-1].notes += deadline.notes()
+    tables[-1].complete = not deadline.interrupted
     return [table for table in tables if table.rows or table.notes]
 
 

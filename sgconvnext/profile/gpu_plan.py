@@ -97,16 +97,22 @@ class Deadline:
         self._end = time.monotonic() + seconds
         self._missed: list[str] = []
         self._failed: list[str] = []
+        self._interrupted: list[bool] = []
 
     @property
     def left(self) -> float:
-        """Seconds."""
-        return self._end - time.monotonic()
+        """Seconds; none after Ctrl-C."""
+        return 0.0 if self.interrupted else self._end - time.monotonic()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C came, which ends this deadline and those that share its memory."""
+        return bool(self._interrupted)
 
     def share(self, fraction: float) -> "Deadline":
         """An earlier deadline after a fraction of what is left, with the same memory."""
         own = Deadline(self.left * fraction)
-        own._missed, own._failed = self._missed, self._failed
+        own._missed, own._failed, own._interrupted = self._missed, self._failed, self._interrupted
         return own
 
     def run(self, what: str, work: Callable[[], object]) -> None:
@@ -123,6 +129,9 @@ class Deadline:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except DeadlineError:
             self._missed.append(what)
+        except KeyboardInterrupt:
+            self._missed.append(what)
+            self._interrupted.append(True)
         except Exception as error:  # of a compiler, a driver, the memory: the rest is still worth its time
             self._failed.append(f"{what} failed: {one_line(error)}")
         finally:
@@ -130,5 +139,6 @@ class Deadline:
 
     def notes(self) -> list[str]:
         """What was not reached, and what failed."""
-        missed = [f"Not reached before the deadline: {'; '.join(self._missed)}."] if self._missed else []
+        end = "Ctrl-C" if self.interrupted else "the deadline"
+        missed = [f"Not reached before {end}: {'; '.join(self._missed)}."] if self._missed else []
         return [*missed, *self._failed]

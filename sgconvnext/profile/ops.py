@@ -12,7 +12,7 @@ from ..errors import is_out_of_memory
 from ..kernel import lag_taps
 from ..layer import SGConv2d
 from ..longconv import BACKENDS, available_backends, choose_backend, long_conv
-from .table import Table
+from .table import Table, interruptible
 from .timing import Step, Timing, interleave
 from .workload import DTYPES, settle_backends
 
@@ -88,10 +88,11 @@ def table(layers: Sequence[Layer], rounds: int, seconds: float) -> Table:
         rounds, seconds: of `timing.interleave`.
     """
     result = Table("The long convolution's backends and the 7x7 depthwise convolution", COLUMNS, notes=list(NOTES))
-    for layer in layers:
-        found, note = _measured(layer, rounds, seconds)
-        result.rows += found
-        result.notes += note
+    with interruptible(result):
+        for layer in layers:
+            found, note = _measured(layer, rounds, seconds)
+            result.rows += found
+            result.notes += note
     return result
 
 

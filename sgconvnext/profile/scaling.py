@@ -22,7 +22,7 @@ def table(models: Sequence[str], works: Sequence[Workload], rounds: int, seconds
     """
     result = throughput.table(models, works, len(models), rounds, seconds)
     result.title = "Cost against resolution"
-    for mode in dict.fromkeys(work.mode for work in works):
+    for mode in dict.fromkeys(work.mode for work in works) if result.complete else ():
         before, last = [work for work in works if work.mode == mode][-2:]
         for model in dict.fromkeys(models):
             rows = [row for row in result.rows if row["mode"] == mode and row["model"] == model]

@@ -1,11 +1,12 @@
 """Tables that say what they were measured on: for people, as Markdown, CSV or JSON."""
 
+import contextlib
 import csv
 import io
 import json
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,30 @@ class Table:
         columns: heading to format of its numbers ("" for text); a row may lack a column.
         rows: heading to value.
         notes: what a reader must know to believe the numbers, a sentence each.
+        complete: False where Ctrl-C came before the last row.
     """
 
     title: str
     columns: dict[str, str]
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    complete: bool = True
 
     def cells(self) -> list[list[str]]:
         """Every row as text."""
         return [[_text(row.get(name), spec) for name, spec in self.columns.items()] for row in self.rows]
+
+
+@contextlib.contextmanager
+def interruptible(table: Table) -> Iterator[None]:
+    """Ctrl-C ends the block but not the program, if the table has rows by then: they took their time."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not table.rows:
+            raise
+        table.complete = False
+        table.notes.append("Interrupted: what was yet to be measured is missing.")
 
 
 def _text(value: Any, spec: str) -> str:

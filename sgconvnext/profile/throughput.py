@@ -9,7 +9,7 @@ import torch
 
 from .. import build
 from . import flops
-from .table import Table
+from .table import Table, interruptible
 from .timing import Timing, interleave
 from .workload import DoesNotFitError, Workload, failure, peak_memory, prepare, random_images, spoken_size
 
@@ -53,11 +53,12 @@ def table(models: Sequence[str], works: Sequence[Workload], group: int, rounds: 
     """
     result = Table("Throughput", COLUMNS, notes=list(NOTES))
     check(models, works, group)
-    for work in works:
-        for start in range(0, len(models), group):
-            rows, notes = compare(models[start : start + group], work, rounds, seconds)
-            result.rows += rows
-            result.notes = list(dict.fromkeys([*result.notes, *notes]))
+    with interruptible(result):
+        for work in works:
+            for start in range(0, len(models), group):
+                rows, notes = compare(models[start : start + group], work, rounds, seconds)
+                result.rows += rows
+                result.notes = list(dict.fromkeys([*result.notes, *notes]))
     return result
 
 

@@ -3,7 +3,9 @@
 import contextlib
 import multiprocessing
 import resource
+import signal
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -121,11 +123,27 @@ def peak_memory(spec: str, work: Workload) -> int:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_peak_here, spec, work, torch.get_num_threads()).result()
+            with _deaf():
+                measured = pool.submit(_peak_here, spec, work, torch.get_num_threads())
+            return measured.result()
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.kill()  # the pool would wait for it
+            raise
         except BrokenProcessPool as error:
             raise DoesNotFitError(f"{spec}, {work}: its process was killed, probably for its memory") from error
         except (RuntimeError, AssertionError, TypeError) as error:
             raise failure(spec, work, error) from error
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """A process started here does not hear Ctrl-C: it would print a traceback of its own."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def failure(spec: str, work: Workload, error: Exception) -> ValueError:

@@ -9,21 +9,21 @@ A network is a checkpoint of train.py, or timm's name for an untrained one, with
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import sgconvnext  # noqa: F401  registers the models with timm
 
-from .. import arguments, distributed, figure
+from .. import arguments, console, distributed, figure
 from ..errors import is_out_of_memory
 from . import features, kernels, pruning
 from .subject import Subject, load, untrained_convnext
 
 
+@console.interruptible()
 def main() -> None:
     args = parse_args()
-    out = args.out or Path(f"{args.command}.png")
+    out = Path(args.out or f"{args.command}.png")
     try:
         figure.check(out)
         subject = load(args.network, args.use_ema, args.knobs)
@@ -34,7 +34,7 @@ def main() -> None:
         if not is_out_of_memory(error):
             raise
         distributed.fail("sgconvnext.visualize", RuntimeError("out of memory; use a smaller network or image"))
-    sys.stdout.write(f"{out}: {args.command} of {subject.title}\n")
+    console.tell("sgconvnext.visualize", f"{out}: {args.command} of {subject.title}\n")
 
 
 def draw_kernels(subject: Subject, args: argparse.Namespace) -> Any:
@@ -50,19 +50,20 @@ def draw_energy(subject: Subject, args: argparse.Namespace) -> Any:
 
 
 def draw_features(subject: Subject, args: argparse.Namespace) -> Any:
-    return features.draw_features(subject, subject.image(args.image) if args.image else subject.images(1))
+    return features.draw_features(subject, subject.image(Path(args.image)) if args.image else subject.images(1))
 
 
 def draw_erf(subject: Subject, args: argparse.Namespace) -> Any:
     other = load(args.against) if args.against else untrained_convnext(subject)
-    images = subject.image(args.image) if args.image else subject.images(args.images)
+    images = subject.image(Path(args.image)) if args.image else subject.images(args.images)
     return features.draw_receptive_fields([subject, other], images)
 
 
 def draw_pruning(subject: Subject, args: argparse.Namespace) -> Any:
     found = pruning.measure(subject, args.images)
     for point in found:
-        sys.stdout.write(f"{point.order}: {100 * point.share:.0f} % of the taps pruned, top-1 {point.top1:.2f} %\n")
+        line = f"{point.order}: {100 * point.share:.0f} % of the taps pruned, top-1 {point.top1:.2f} %\n"
+        console.tell("sgconvnext.visualize", line)
     return pruning.draw_pruning(subject, found)
 
 
@@ -83,15 +84,24 @@ def parse_args() -> argparse.Namespace:
     ):
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(draw=draw)
-        sub.add_argument("network", metavar="CHECKPOINT_OR_MODEL", help="best.pth of a run, or timm's name")
+        sub.add_argument(
+            "network", type=arguments.path, metavar="CHECKPOINT_OR_MODEL", help="best.pth of a run, or timm's name"
+        )
         if name in ("features", "erf"):
-            sub.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="else the run's validation images")
+            sub.add_argument(
+                "image", nargs="?", type=arguments.path, metavar="IMAGE", help="else the run's validation images"
+            )
         if name in ("kernels", "footprint"):
             sub.add_argument(
                 "--block", type=arguments.count, default=1, metavar="N", help="of every stage, from 1 (1)"
             )
         if name == "erf":
-            sub.add_argument("--against", metavar="CHECKPOINT_OR_MODEL", help="(untrained ConvNeXt of the same size)")
+            sub.add_argument(
+                "--against",
+                type=arguments.path,
+                metavar="CHECKPOINT_OR_MODEL",
+                help="(an untrained ConvNeXt of its size)",
+            )
             sub.add_argument("--images", type=arguments.count, default=32, metavar="N", help="to average over (32)")
         if name == "pruning":
             sub.add_argument(
@@ -99,7 +109,7 @@ def parse_args() -> argparse.Namespace:
             )
         sub.add_argument("--use-ema", action="store_true", help="the checkpoint's average of the weights")
         sub.add_argument("--set", dest="knobs", nargs="+", default=[], metavar="section.key=value", help="of the run")
-        sub.add_argument("--out", type=Path, metavar="PNG", help=f"({name}.png)")
+        sub.add_argument("--out", type=arguments.path, metavar="PNG", help=f"({name}.png)")
     return parser.parse_args()
 
 
