@@ -400,7 +400,7 @@ class SGConv(_MultiScaleKernel):
         """The taps that a signal of that length reaches."""
         first = 0 if not self.bidirectional else self.length - size[0]
         last = self.length if self.bidirectional else 0
-        return self.built_taps()[:, first : last + size[0] - self.bidirectional]
+        return self.built_taps()[:, first : last + size[0] - int(self.bidirectional)]  # a tracer has tensors for sizes
 
     def _reach(self, length: int) -> int:
         if length > self.length:
