@@ -27,8 +27,11 @@ INITS = ("normal", "cosine")
 
 
 def runs_eagerly_on_cpu(x: Tensor) -> bool:
-    """Whether x is an ordinary tensor on a CPU, outside of any graph that is being built and of any transform."""
-    if torch.compiler.is_compiling() or is_recorded() or is_transformed():
+    """Whether x is an ordinary tensor on a CPU, outside of any graph that is being built and of any transform.
+
+    And nobody looks at the operators, as a counter of FLOPs does, which shall see all of them in forms that it knows.
+    """
+    if torch.compiler.is_compiling() or is_recorded() or is_transformed() or torch._C._len_torch_dispatch_stack():
         return False
     return type(x) is Tensor and x.device.type == "cpu"
 
@@ -426,7 +429,7 @@ class SGConv(_MultiScaleKernel):
         """The taps that a signal of that length reaches."""
         first = 0 if not self.bidirectional else self.length - size[0]
         last = self.length if self.bidirectional else 0
-        return self.built_taps()[:, first : last + size[0] - self.bidirectional]
+        return self.built_taps()[:, first : last + size[0] - int(self.bidirectional)]  # a tracer has tensors for sizes
 
     def _reach(self, length: int) -> int:
         if length > self.length:

@@ -13,6 +13,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sgconvnext import packed_mlp
@@ -211,7 +212,7 @@ def test_copies_pack_their_own() -> None:
 
 
 def test_counter_of_torch_sees_the_products() -> None:
-    """Its hooks do that: it knows nothing of oneDNN's operators."""
+    """It knows nothing of oneDNN's operators."""
     block, x = fixed_block(), torch.randn(SHAPE)
     branch(block, x)
     with FlopCounterMode(display=False) as counter:
@@ -238,3 +239,26 @@ def test_torch_without_the_operators_runs_the_mlp_as_it_is(
     block, x = fixed_block(), torch.randn(SHAPE)
     assert relative_error(branch(block, x), exact(block, x)) <= 2e-6
     assert block._packed is None
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that run, seen without any hook on a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_looks_at_the_operators_sees_ordinary_ones() -> None:
+    block, x = fixed_block(), torch.randn(SHAPE)
+    want = branch(block, x)
+    assert block._packed is not None
+    with Seen() as seen:
+        got = branch(block, x)
+    assert "aten::addmm" in seen.names
+    assert not any(name.startswith("mkldnn") for name in seen.names)
+    assert relative_error(got, want) <= 1e-6

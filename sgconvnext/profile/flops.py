@@ -6,11 +6,13 @@ scale) is free; activations are the outputs of convolutions and matrix products.
 half their FLOPs.
 """
 
+import functools
 import math
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +21,9 @@ from torch import Tensor, nn
 
 from .. import build
 from ..errors import one_line
-from ..layer import SGConv2d
-from ..longconv import dft, fft
-from . import formulas
+from ..layer import SGConv, SGConv2d
+from ..longconv.cost import linear_interpolation
+from .layer_cost import LayerCost, layer_cost
 from .table import Table
 from .workload import random_images, spoken_size
 
@@ -66,7 +68,6 @@ _MODULES = {
     r"stages\.(\d+)\.blocks\.\d+\.(?:norm|gamma)": NORM,
     r"head()": HEAD,
 }
-_ALGORITHM, _EXECUTED = "long convolution, algorithm", "long convolution, executed"
 
 
 class UncountedError(ValueError):
@@ -125,28 +126,25 @@ def count(model: nn.Module, images: Tensor) -> Count:
         flops = _quiet(FlopCountAnalysis(model, images)).set_op_handle(**HANDLERS)
         activations = _quiet(ActivationCountAnalysis(model, images)).set_op_handle(**_ACTIVATIONS)
         try:
-            operators = flops.by_operator()  # runs the model; before it no operation is known
+            with _watched(model) as calls:
+                flops.total()  # runs the model; before it no operation is known
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
             raise UncountedError(f"{type(model).__name__} on {tuple(images.shape)}: {one_line(error)}") from error
-        unknown = sorted(set(flops.unsupported_ops()) - ELEMENTWISE)
-        if unknown:
-            raise UncountedError(
-                f"{type(model).__name__} runs {', '.join(unknown)}, which no formula counts; add one to HANDLERS in "
-                "sgconvnext/profile/flops.py, or the name to ELEMENTWISE if it is free"
-            )
+        _refuse_unknown(model, flops, calls)
         costs: defaultdict[tuple[str, str], Cost] = defaultdict(Cost)
         for name, module in model.named_modules():
             if place := _place(name):
                 stage, part = place
-                for found, cost in _costs(flops.by_operator(name), activations.total(name), part).items():
+                for found, cost in _costs(name, part, flops, activations, calls).items():
                     costs[stage, found] += cost
                 kernel = isinstance(module, SGConv2d)  # all parameters of the layer make its taps
                 costs[stage, KERNEL if kernel else part].parameters += num_parameters(module)
         for name, parameter in model.named_parameters():
             if place := _place(name):
                 costs[place].parameters += parameter.numel()
-        rest = _costs(operators, activations.total(), OTHER)[OTHER]
-        rest.parameters = num_parameters(model)
+        rest = Cost(num_parameters(model))
+        for cost in _costs("", OTHER, flops, activations, calls).values():
+            rest += cost
     for cost in costs.values():
         rest += -cost
     if rest != Cost():
@@ -171,37 +169,57 @@ def _place(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _costs(operators: Counter[str], activations: float, part: str) -> dict[str, Cost]:
-    """Costs of a module by part: SGConv's interpolation is the generation of its kernel, all else the part itself."""
-    kernel = operators["upsample_linear1d"] if part == CONVOLUTION else 0
-    shared = operators.total() - operators[_ALGORITHM] - operators[_EXECUTED] - kernel
-    costs = {part: Cost(0, shared + operators[_ALGORITHM], shared + operators[_EXECUTED], activations)}
-    if kernel:
-        costs[KERNEL] = Cost(0, kernel, kernel)
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[dict[str, list[LayerCost]]]:
+    """What every call of an SGConv or SGConv2d cost, by the layer's name, while the model ran within the context.
+
+    A tracer sees the plain operators that stand in for a backend then, not what it runs otherwise.
+    """
+    calls: dict[str, list[LayerCost]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, SGConv | SGConv2d):
+            calls[name] = []
+            handles.append(module.register_forward_hook(functools.partial(_note, calls[name])))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note(calls: list[LayerCost], layer: Any, _: Any, output: Any) -> None:
+    calls.append(layer_cost(layer, output))
+
+
+def _costs(name: str, part: str, flops: Any, activations: Any, calls: dict[str, list[LayerCost]]) -> dict[str, Cost]:
+    """Costs of a module by part: of making the kernels of the SGConv layers in it, and all else, which is the part."""
+    layers = [layer for layer in calls if not name or f"{layer}.".startswith(f"{name}.")]
+    plain = flops.total(name) - sum(map(flops.total, layers))
+    costs = {part: Cost(0, plain, plain, activations.total(name) - sum(map(activations.total, layers)))}
+    for call in (call for layer in layers for call in calls[layer]):
+        costs[part] += Cost(0, call.algorithm, call.executed, call.activations)
+        costs[KERNEL] = costs.get(KERNEL, Cost())
+        costs[KERNEL] += Cost(0, call.kernel, call.kernel)
     return costs
 
 
-def _long_conv(executed: Callable[[int, int, int], float]) -> Callable[[list[Any], list[Any]], Counter[str]]:
-    """Both counts of one long convolution of x (B, C, L); a MAC is two FLOPs."""
-
-    def handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-        batch, channels, length = get_shape(outputs[0])
-        algorithm = formulas.fft_conv(batch, channels, 2 * length)
-        return Counter({_ALGORITHM: algorithm / 2, _EXECUTED: executed(batch, channels, length) / 2})
-
-    return handler
-
-
-def _tiled(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    num_taps = get_shape(inputs[1])[1]
-    return _long_conv(lambda b, c, length: formulas.tiled_conv(b, c, length, num_taps))(inputs, outputs)
+def _refuse_unknown(model: nn.Module, flops: Any, layers: Iterable[str]) -> None:
+    """Refuse operations without a formula, but for those that SGConv layers are made of."""
+    unknown = Counter(flops.unsupported_ops())
+    for layer in layers:
+        unknown -= flops.unsupported_ops(layer)
+    names = sorted(set(unknown) - ELEMENTWISE)
+    if names:
+        raise UncountedError(
+            f"{type(model).__name__} runs {', '.join(names)}, which no formula counts; add one to HANDLERS in "
+            "sgconvnext/profile/flops.py, or the name to ELEMENTWISE if it is free"
+        )
 
 
 def _einsum(inputs: list[Any], outputs: list[Any]) -> Any:
-    """A sum over products costs one MAC per value of all indices; the definition of the long convolution is one."""
+    """A sum over products costs one MAC per value of all indices."""
     equation = inputs[0].toIValue().replace(" ", "")
-    if equation == "cts,bcs->bct":
-        return _long_conv(formulas.toeplitz_conv)(inputs, outputs)
     operands = equation.split("->")[0].split(",")
     if len(operands) != 2 or "." in equation:
         raise UncountedError(f"einsum {equation!r} has no formula; write it as products of two operands")
@@ -212,7 +230,7 @@ def _einsum(inputs: list[Any], outputs: list[Any]) -> Any:
 
 
 def _interpolation(inputs: list[Any], outputs: list[Any]) -> float:
-    return formulas.linear_interpolation(math.prod(get_shape(outputs[0]))) / 2
+    return linear_interpolation(math.prod(get_shape(outputs[0]))) / 2
 
 
 def _attention(inputs: list[Any], outputs: list[Any]) -> float:
@@ -222,10 +240,6 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> float:
 
 
 HANDLERS: dict[str, Handler] = {
-    "prim::PythonOp._FFTConv": _long_conv(lambda b, c, length: formulas.fft_conv(b, c, fft.fft_length(length))),
-    "prim::PythonOp._ToeplitzConv": _long_conv(formulas.toeplitz_conv),
-    "sgconvnext::toeplitz_conv": _tiled,
-    "prim::PythonOp._DFTConv": _long_conv(lambda b, c, length: formulas.dft_conv(b, c, *dft.block_shape(length))),
     "aten::einsum": _einsum,
     "aten::upsample_linear1d": _interpolation,
     "aten::scaled_dot_product_attention": _attention,
@@ -235,11 +249,7 @@ HANDLERS: dict[str, Handler] = {
     ),
     **dict.fromkeys(["aten::softmax", "sgconvnext::layer_norm_channels_last"], elementwise_flop_counter(5, 0)),
 }
-_ACTIVATIONS: dict[str, Handler] = dict.fromkeys(
-    [f"prim::PythonOp.{name}" for name in ("_FFTConv", "_ToeplitzConv", "_DFTConv")]
-    + ["sgconvnext::toeplitz_conv", "aten::scaled_dot_product_attention"],
-    generic_activation_jit(),
-)
+_ACTIVATIONS: dict[str, Handler] = {"aten::scaled_dot_product_attention": generic_activation_jit()}
 
 
 def tables(models: Sequence[str], img_size: tuple[int, int], batch: int, stages: bool) -> list[Table]:

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from helpers import BACKENDS_HERE
 from torch.utils.flop_counter import FlopCounterMode
 
-from sgconvnext.longconv import dft, fft, long_conv
-from sgconvnext.profile import formulas
+from sgconvnext.longconv import cost, dft, fft, long_conv
 
 
 def counted(function: object, *arguments: object) -> int:
@@ -17,22 +16,22 @@ def counted(function: object, *arguments: object) -> int:
 
 
 def test_transform_of_a_power_of_two_by_hand() -> None:
-    assert formulas.real_fft(8) == 60  # 2.5 * 8 * 3
-    assert formulas.real_fft(6272) == 197_799  # 2.5 * 6272 * 12.61471
+    assert cost.real_fft(8) == 60  # 2.5 * 8 * 3
+    assert cost.real_fft(6272) == 197_799  # 2.5 * 6272 * 12.61471
 
 
 def test_fft_convolution_by_hand() -> None:
     # 3 images of 2 channels: 6 transforms of x, 6 of y, 2 of the taps, and 6 spectra of 5 products
-    assert formulas.fft_conv(3, 2, 8) == 14 * 60 + 6 * 5 * 6
+    assert cost.fft_conv(3, 2, 8) == 14 * 60 + 6 * 5 * 6
 
 
 def test_toeplitz_convolution_by_hand() -> None:
-    assert formulas.toeplitz_conv(3, 2, 5) == 3 * 2 * 5 * 5 * 2
+    assert cost.toeplitz_conv(3, 2, 5) == 3 * 2 * 5 * 5 * 2
 
 
 def test_convolution_by_matrix_products_by_hand() -> None:
     # 4 blocks of 8 samples. Taps: 8 waves at 7 distances for 15 lags. An image: 8 x 4 x 8, 4 x 16 x 16, 4 x 8 x 8
-    assert formulas.dft_conv(3, 2, 4, 8) == 2 * (2 * 8 * 7 * 15 + 3 * 2 * (256 + 1024 + 256))
+    assert cost.dft_conv(3, 2, 4, 8) == 2 * (2 * 8 * 7 * 15 + 3 * 2 * (256 + 1024 + 256))
 
 
 def test_torch_counts_a_real_transform_both_ways() -> None:
@@ -69,10 +68,10 @@ def test_torch_counts_transforms_over_two_dimensions_and_complex_ones() -> None:
 def test_torch_counts_what_the_formula_of_a_backend_says(backend: str, length: int, causal: bool) -> None:
     x, taps = torch.randn(3, 2, length), torch.randn(2, length if causal else 2 * length - 1)
     want = {
-        "fft": formulas.fft_conv(3, 2, fft.fft_length(length)),
-        "toeplitz": formulas.toeplitz_conv(3, 2, length),
-        "dft": formulas.dft_conv(3, 2, *dft.block_shape(length)),
-        "reference": formulas.toeplitz_conv(3, 2, length),
+        "fft": cost.fft_conv(3, 2, fft.fft_length(length)),
+        "toeplitz": cost.toeplitz_conv(3, 2, length),
+        "dft": cost.dft_conv(3, 2, *dft.block_shape(length)),
+        "reference": cost.toeplitz_conv(3, 2, length),
     }
     assert counted(long_conv, x, taps, backend) == want[backend]
 
@@ -84,7 +83,7 @@ def test_torch_counts_the_backward_pass_of_the_fft() -> None:
         long_conv(x, taps, "fft").sum().backward()
 
     # backward: transforms of dy, x and the taps, two inverse ones, dX's product and dK's
-    once, spectrum = formulas.real_fft(128), 65
+    once, spectrum = cost.real_fft(128), 65
     transforms = (6 + 6 + 2) + (6 + 6 + 2 + 6 + 2)
     assert counted(both) == transforms * once + 3 * 6 * spectrum * 6
 
@@ -95,6 +94,6 @@ def test_torch_counts_the_backward_pass_of_matrix_products() -> None:
     def both(backend: str) -> None:
         long_conv(x, taps, backend).sum().backward()
 
-    assert counted(both, "toeplitz") == 3 * formulas.toeplitz_conv(3, 2, 32)  # y, dX and dK
+    assert counted(both, "toeplitz") == 3 * cost.toeplitz_conv(3, 2, 32)  # y, dX and dK
     # 4 blocks of 8: W or W^T five times (x, y, dy, dx, and x again), M three (y, dX and dK), and the taps three
     assert counted(both, "dft") == 2 * (6 * (5 * 256 + 3 * 1024) + 2 * 3 * (8 * 7 * 15))
