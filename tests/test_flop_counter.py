@@ -83,7 +83,7 @@ def test_import_alone_makes_torch_count_a_layer_forward(backend: str, alone: dic
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
 def test_taps_that_a_layer_kept_are_counted_all_the_same(backend: str, alone: dict[str, Any]) -> None:
     """A count that depends on what ran before it would compare two networks unfairly."""
-    assert alone[backend][1] == alone[backend][0]
+    assert alone[backend][1] == alone[backend][0] > 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS_HERE)

@@ -79,6 +79,7 @@ def test_every_part_of_every_stage_is_what_the_formula_says(backend: str, batch:
     assert counted.total(part=HEAD).macs == batch * (4 * 32 + 32 * 5 + 32 * 10)  # pooling, norm, classifier
     assert counted.total(part=OTHER) == Cost()
     assert counted.total().macs == sum(counted.total(part=part).macs for part in PARTS)
+    assert all(type(number) in (int, float) for number in vars(counted.total()).values())  # tracing makes tensors
 
 
 def test_executed_transforms_are_as_long_as_the_backend_pads_them() -> None:

@@ -41,7 +41,7 @@ def interpolated_taps(layer: Layer) -> int:
     """Taps that are interpolated to make the kernel: those of the third scale and the later ones that it reaches."""
     if layer.taps is not None:
         return 0  # they were made by `reparameterize`
-    directions, num_scales, channels, scale_dim = layer.weight.shape
+    directions, num_scales, channels, scale_dim = map(int, layer.weight.shape)  # tensors while it is traced
     sizes = [2 ** (i - 1) * scale_dim for i in range(2, num_scales)]  # of a scale, and of all before it together
     return directions * channels * sum(size for size in sizes if size < layer.length)
 
