@@ -5,7 +5,7 @@
     python train.py configs/digits.yaml check                                                       # only look
 
 Options are section.key=value and override the YAML file; --help lists them all. With ``check`` the run ends before
-its first update, having looked at the data, the arithmetic, memory and disk, and written nothing.
+its first update, having looked at the data, the arithmetic, memory and disk, and leaves nothing behind.
 """
 
 import signal
@@ -124,6 +124,7 @@ class Run:
     def __init__(self, config: Config, world: distributed.World) -> None:
         self.config, self.world = config, world
         self.folder = checkpoint.Folder(Path(config.out))
+        world.agree(resume.knobs(config), "give every process the same configuration")
         found: Path | None = world.on_first(lambda: resume.find(config, self.folder))
         rng.seed(config.seed, world.rank)
         torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
@@ -132,7 +133,6 @@ class Run:
         accumulation = data.accumulation_steps(config.optim.global_batch, config.optim.batch_per_device, world.size)
         if config.data.download and world.size > 1:
             raise ValueError("data.download=true writes files: download in one process first, then run without it")
-        world.agree(resume.knobs(config), "give every process the same configuration")
         train, val, classes = data.create_splits(config, world)
         config.model.num_classes = classes  # resolved, so that a checkpoint says what its model was built with
         config.model.img_size = config.model.img_size or config.data.img_size

@@ -100,9 +100,8 @@ def _put(path: Path, make: Callable[[Path], str]) -> None:
             else:
                 beside.unlink()
         raise
-    with contextlib.suppress(
-        OSError
-    ):  # it is saved: both lines of the checksum would do, and not all folders can sync
+    # it is saved: both lines of the checksum would do, and not all folders can sync
+    with contextlib.suppress(OSError):
         if before:
             write_whole(beside, line)
         _flush_folder(path.parent)
@@ -281,7 +280,7 @@ def load_weights(
         ValueError: naming what differs and the cure.
     """
     fit.refuse_misfit(model, found, f"checkpoint {str(path)!r}", skip)
-    kept = {key: value for key, value in found.items() if not any(key.startswith(name + ".") for name in skip)}
+    kept = {key: value for key, value in found.items() if not any(fit.within(key, name) for name in skip)}
     model.load_state_dict(kept, strict=not skip)
 
 

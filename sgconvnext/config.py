@@ -578,7 +578,7 @@ def _check_pairs(config: Config, place: Callable[[str], str]) -> None:
         (
             "optim.batch_per_device",
             values[mix] == 0 or optim.batch_per_device % 2 == 0,
-            "even, as mixup mixes a batch with its own reverse, with",
+            "even, for mixup mixes a batch with its own reverse, with",
             mix,
         ),
     ]:

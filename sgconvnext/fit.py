@@ -29,7 +29,7 @@ def refuse_misfit(model: nn.Module, found: Mapping[str, Any], place: str, skip: 
     """
 
     def kept(tensors: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in tensors.items() if not any(_within(key, name) for name in skip)}
+        return {key: value for key, value in tensors.items() if not any(within(key, name) for name in skip)}
 
     told = _no_tensors(found)
     if not told:
@@ -57,7 +57,8 @@ def _names(model: Any, key: str) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(named)
 
 
-def _within(key: str, module: str) -> bool:
+def within(key: str, module: str) -> bool:
+    """Whether a key of a state dict is of that module, or is it."""
     return key == module or key.startswith(module + ".")
 
 
@@ -152,8 +153,8 @@ def _other_kernels(_: Any, own: Shapes, found: Shapes) -> str:
         if theirs[3] != shape[3]:
             return (
                 f"has kernels for another image size ({key} has {theirs[3]} taps a scale, the model {shape[3]}), and "
-                "does not say for which; build the model for that size (model.img_size), and call its set_input_size "
-                "to change it"
+                "does not say for which; build the model for that size (img_size, in train.py model.img_size); its "
+                "set_input_size then changes it"
             )
     return ""
 
@@ -173,9 +174,9 @@ def _other_channels(model: Any, own: Shapes, found: Shapes) -> str:
 def _other_classes(model: Any, own: Shapes, found: Shapes) -> str:
     differ = [key for key in {**own, **found} if own.get(key) != found.get(key)]
     names = classifiers(model)
-    if not differ or not all(any(_within(key, name) for name in names) for key in differ):
+    if not differ or not all(any(within(key, name) for name in names) for key in differ):
         return ""
-    if not any(_within(key, name) for key in found for name in names):
+    if not any(within(key, name) for key in found for name in names):
         return f"has no classifier ({', '.join(names)}); model.new_head=true starts from it with a new one"
     theirs, ours = (shapes[differ[0]][0] if differ[0] in shapes else 0 for shapes in (found, own))
     return (

@@ -155,7 +155,8 @@ def _walk(root: str) -> Listing:
                 raise ValueError(f"the link {path} leads back to a folder that it lies in; remove it")
         for name in files:
             path = os.path.join(folder, name)
-            if not parts and os.path.islink(path) and not os.path.exists(path):
+            lost = os.path.islink(path) and not os.path.exists(path)
+            if lost and os.path.splitext(name)[1].lower() not in SUFFIXES:  # it may have been a folder of images
                 raise ValueError(f"the link {path} leads nowhere; mend or remove it")
             found.add(parts, path, path)
     return found
@@ -207,7 +208,7 @@ def _add_members(
         folder = _folder(member, outer)
         if member.isfile() and member.name.lower().endswith(".tar"):
             yield member
-        elif member.isfile() or member.islnk() or os.path.splitext(member.name)[1]:
+        elif not member.isdir() and (member.isfile() or member.islnk() or os.path.splitext(member.name)[1]):
             found.add(folder, member.name, (member, None, outer))
         else:  # a folder, or a link to one, of which the files may be missing
             found.folders.add((*folder, posixpath.basename(member.name)))

@@ -82,8 +82,11 @@ def _safetensors_reason(path: Path, size: int) -> str:
 def _zip_reason(path: Path) -> str:
     if not zipfile.is_zipfile(path):
         return "it is cut short: its end is missing; copy or download it again"
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return "its list of contents is damaged; copy or download it again"
     inner = [name.partition("/")[2] for name in names]
     if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
         return (
@@ -113,8 +116,9 @@ def _text_reason(path: Path, head: bytes) -> str:
         return "it is a Git LFS pointer, which stands for the file; fetch the file itself with git lfs pull"
     if text[:15].lower().startswith(("<!doctype html", "<html")):
         return "it is a web page, often an error or the page about the file; download the file itself"
-    if set(text[:64]) <= set(string.hexdigits) and text[64:66] in ("  ", " *"):
-        return f"it is a checksum; name the file that it is of, {str(path.with_name(text[66:].splitlines()[0]))!r}"
+    named = text[66:].partition("\n")[0].strip()
+    if set(text[:64]) <= set(string.hexdigits) and text[64:66] in ("  ", " *") and named:
+        return f"it is a checksum; name the file that it is of, {str(path.parent / named)!r}"
     if text.startswith(("{", "[")):
         return f"it is JSON text, such as a config.json; {_OTHERWISE}"
     return f"it is text, beginning {text[:24].splitlines()[0] if text else ''!r}; {_OTHERWISE}"

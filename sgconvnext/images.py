@@ -24,6 +24,7 @@ FAULTS = (
     *("", "unreadable", "CMYK", "palette", "16-bit", "EXIF-rotated", "very large", "32-bit float"),
     "possibly turned (its EXIF cannot be decoded)",
 )
+NEARLY_BLACK = 16  # of 255: what 12 bits come to in a file of 16, and floats of 0 to 1 with one value above
 MAX_ASPECT = 200  # to resize the short side of a longer strip to a crop would take gigabytes
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright, 2 to 8 are turned or mirrored
 TURNS = {  # what makes them upright
@@ -215,8 +216,8 @@ def _greys(image: Image.Image) -> Image.Image:
             raise ValueError(f"its greys run from {low} to {high}; integers are known from 0 to 65535")
         bits = 12 if tags.get(BITS_PER_SAMPLE) == (12,) else 16
         greys = (values.astype(np.int32) >> (bits - 8)).astype(np.uint8)
-    if high > 0 and not greys.any():
-        raise ValueError(f"its greys reach no further than {high:g} and would all be black; store them in 8 bits")
+    if high > 0 and greys.max() < NEARLY_BLACK:
+        raise ValueError(f"its greys reach no further than {high:g} and would be nearly black; store them in 8 bits")
     return Image.fromarray(255 - greys if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else greys)
 
 

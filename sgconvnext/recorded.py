@@ -46,7 +46,10 @@ class Recorded(NamedTuple):
             )
         defaults = {key: each.default for key, each in inspect.signature(type(model).__init__).parameters.items()}
         free = FREE | {"global_pool"} if new_head else FREE
-        for key in sorted((self.arguments.keys() | arguments.keys()) - free):
+        # entry points of timm's own models set arguments, which are not known here
+        ours = type(model).__module__.startswith("sgconvnext.")
+        keys = self.arguments.keys() | arguments.keys() if ours else self.arguments.keys() & arguments.keys()
+        for key in sorted(keys - free):
             then, here = (_plain(given.get(key, defaults.get(key))) for given in (self.arguments, arguments))
             if then != here and not key.endswith("_drop_rate"):
                 raise ValueError(
@@ -64,8 +67,8 @@ def recorded(state: dict[str, Any]) -> Recorded | None:
     if isinstance(args, argparse.Namespace) and isinstance(state.get("arch"), str):
         given = dict(getattr(args, "model_kwargs", None) or {})
         return Recorded(state["arch"], given, given.get("img_size"))
-    exported = state.get("metadata", {})
-    if "timm_model_args" in exported:  # of sgconvnext.export
+    exported = state.get("metadata")
+    if isinstance(exported, dict) and {"timm_model_args", "arch"} <= exported.keys():  # of sgconvnext.export
         given = json.loads(exported["timm_model_args"])
         return Recorded(exported["arch"], given, given.get("img_size"))
     return None

@@ -64,12 +64,13 @@ WITHOUT_MEANING = {
     "strict_img_size": "the model always takes any image size from 32x32 up",
 }
 # Of timm's builder, and of the wrapper that features_only=True asks for
-BUILDER = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "feature_cls", "out_indices"}
+OWN = {"model_cls", "variant", "kwargs", "feature_cfg", "pretrained_filter_fn"}  # which are given here
+BUILDER = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "feature_cls", "out_indices"} - OWN
 
 
 def _refuse_unknown(name: str, kwargs: dict[str, Any]) -> None:
     """One sentence for an argument that the model does not have."""
-    known = [*inspect.signature(SGConvNeXt).parameters, *sorted(BUILDER - {"model_cls", "variant", "kwargs"})]
+    known = [*inspect.signature(SGConvNeXt).parameters, *sorted(BUILDER)]
     for key, value in kwargs.items():
         if key in WITHOUT_MEANING:
             raise ValueError(f"{name} has no {key} ({key}={value!r}): {WITHOUT_MEANING[key]}; leave it out")

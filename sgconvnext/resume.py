@@ -18,6 +18,8 @@ FREE = {
     *("run.device", "run.cudnn_benchmark", "run.max_skips", "run.log_every", "save.every", "save.keep"),
     *("save.max_failures", "watch.tensorboard", "watch.wandb"),
 }
+# What may be another on every machine of a run
+PLACES = {"out", "resume", "model.checkpoint", "data.root", "data.workers", "data.pin_memory"}
 # What decides how far into an epoch so many updates are; shards are cut by more
 ORDER = {"optim.global_batch", "training_images", "seed"}
 SHARD_ORDER = {"processes", "optim.batch_per_device", "data.workers"}
@@ -48,7 +50,8 @@ def find(config: Config, folder: Folder) -> Path | None:
         return None
     if not _same(given.resolve().parent, out):
         return given
-    return folder.behind(given.name) or out / given.resolve().name
+    target = given.resolve()  # what a link from elsewhere leads to
+    return folder.behind(target.name) or out / target.name
 
 
 def _same(folder: Path, other: Path) -> bool:
@@ -64,8 +67,8 @@ def facts(processes: int, device: str, training: Any, validation: Any) -> dict[s
 
 
 def knobs(config: Config) -> dict[str, Any]:
-    """The knobs that decide the numbers of a run."""
-    return {key: value for key, value in flatten(to_dict(config)).items() if key not in FREE}
+    """The knobs that every process must have alike. They decide the numbers of a run, or when its processes meet."""
+    return {key: value for key, value in flatten(to_dict(config)).items() if key not in PLACES}
 
 
 def refuse_changes(state: dict[str, Any], config: Config, now: dict[str, Any], path: Path) -> None:

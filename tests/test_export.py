@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+import transformers
 from helpers import refused
 from safetensors import safe_open
 from timm.data import resolve_model_data_config
@@ -143,7 +144,6 @@ def test_number_of_classes_is_given_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("door", ["AutoModelForImageClassification", "TimmWrapperForImageClassification"])
 def test_transformers_reads_the_folder(door: str, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     path, model, _ = trained(tmp_path, **{"data.img_size": 64})
     export_checkpoint(path, str(tmp_path / "folder"))
     wrapped = getattr(transformers, door).from_pretrained(str(tmp_path / "folder")).eval()

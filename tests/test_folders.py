@@ -322,6 +322,18 @@ def test_links_are_followed_but_not_in_a_circle_nor_into_nothing(tmp_path: Path)
     (tmp_path / "store").rename(tmp_path / "elsewhere")
     with refused("train/fox", "leads nowhere"):
         split_of(tmp_path)
+    (tmp_path / "train/fox").unlink()
+    (tmp_path / "train/cat/night").symlink_to(tmp_path / "store/fox")  # lost images of a class that has others
+    with refused("train/cat/night", "leads nowhere"):
+        split_of(tmp_path)
+
+
+def test_folders_of_a_tar_file_may_have_dots_in_their_names(tmp_path: Path) -> None:
+    pack(tmp_path / "train.tar", "cat.png/", "cat.png/1.png", "dog/1.png")
+    assert len(split_of(tmp_path, **{"data.train_split": "train.tar"})) == 2
+    pack(tmp_path / "train.tar", "v1.0/", "cat/1.png", "dog/1.png")
+    with refused("class folder 'v1.0' holds no image"):
+        split_of(tmp_path, **{"data.train_split": "train.tar"})
 
 
 def test_folder_that_cannot_be_listed_is_an_error_and_not_left_out(

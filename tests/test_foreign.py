@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sgconvnext import checkpoint
+from sgconvnext.recorded import recorded
 
 WEIGHTS = OrderedDict(weight=torch.arange(6.0).view(2, 3), bias=torch.ones(2))
 STATE = {"state_dict": WEIGHTS}
@@ -125,6 +126,30 @@ def test_nobody_is_advised_to_run_the_code_of_a_file(name: str, tmp_path: Path) 
     assert "weights_only" not in message
     assert "\x1b" not in message
     assert "torch.save(model.state_dict(), PATH)" in message or name == "noise.pth"
+
+
+def test_zip_file_whose_contents_are_damaged_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.pth"
+    torch.save({"state_dict": {"weight": torch.ones(3)}}, path)
+    content = path.read_bytes()
+    start = content.index(b"PK\x01\x02")  # of the list of what is in it
+    path.write_bytes(content[:start] + b"XXXX" + content[start + 4 :])
+    with refused(repr(str(path)), "its list of contents is damaged"):
+        checkpoint.load(path)
+
+
+def test_checksum_may_name_a_path_or_nothing(tmp_path: Path) -> None:
+    (tmp_path / "sums.txt").write_text(f"{SHA256}  runs/best.pth\n")
+    with refused("it is a checksum", repr(str(tmp_path / "runs" / "best.pth"))):
+        checkpoint.load(tmp_path / "sums.txt")
+    (tmp_path / "sums.txt").write_text(f"{SHA256}  ")
+    with refused("it is text"):
+        checkpoint.load(tmp_path / "sums.txt")
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"timm_model_args": "{}"}])
+def test_metadata_of_somebody_elses_is_no_record(metadata: object) -> None:
+    assert recorded({"state_dict": {}, "metadata": metadata}) is None
 
 
 def test_checksum_names_the_file_that_it_is_of(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_modules_that_the_layout_names_exist_and_none_is_missing() -> None:
 
 
 def test_suffixes_that_are_named_are_those_that_are_read() -> None:
-    [named] = re.findall(r"Read are ([^,]*), of several frames the first", README)
+    [named] = re.findall(r"these suffixes are read: ([^,]*), of several frames the first", README)
     assert set(named.split()) == SUFFIXES
 
 

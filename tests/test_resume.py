@@ -103,6 +103,8 @@ def test_path_inside_is_found_under_the_name_that_the_folder_has_for_it(
             path = found(folder, Path(where) / given)
             assert path == folder.file(epoch, 0)
             assert path in folder.files()
+    (tmp_path / "last.pth").symlink_to(folder.file(1, 0).resolve())  # from elsewhere, and not to the last one
+    assert found(folder, tmp_path / "last.pth") == folder.file(1, 0)
 
 
 @pytest.mark.parametrize("disk", ["hard links", "copies"])

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from helpers import BACKENDS_HERE, mixers, refused, relative_error, small_model
@@ -44,8 +45,7 @@ def export(model: nn.Module, x: Tensor, path: Path, dynamo: bool, dynamic: bool,
 
 
 def by_onnxruntime(path: Path, x: Tensor) -> Tensor:
-    ort = pytest.importorskip("onnxruntime")
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
@@ -58,9 +58,6 @@ def by_onnxruntime(path: Path, x: Tensor) -> Tensor:
 def test_onnx_file_gives_what_the_network_gives(
     dynamo: bool, reparameterized: bool, dynamic: bool, tmp_path: Path
 ) -> None:
-    pytest.importorskip("onnxruntime")
-    if dynamo:
-        pytest.importorskip("onnxscript")
     model = network(reparameterized)
     export(model, images(), tmp_path / "model.onnx", dynamo, dynamic)
     for x in [images(), images(5), images(1)] if dynamic else [images()]:
@@ -74,7 +71,6 @@ def test_every_opset_of_the_legacy_exporter_has_the_convolution(
     opset: int, reparameterized: bool, tmp_path: Path
 ) -> None:
     """Two networks that differ in their kernels alone must differ in their files as they do themselves."""
-    pytest.importorskip("onnxruntime")
     outputs = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -110,7 +106,6 @@ def test_every_opset_of_the_legacy_exporter_has_the_convolution(
 def test_legacy_onnx_file_of_any_options_and_size(
     options: dict[str, Any], size: tuple[int, int], reparameterized: bool, tmp_path: Path
 ) -> None:
-    pytest.importorskip("onnxruntime")
     model, x = network(reparameterized, **options), images(2, size)
     export(model, x, tmp_path / "model.onnx", dynamo=False, dynamic=True)
     for batch in (x, images(3, size)):
@@ -119,13 +114,11 @@ def test_legacy_onnx_file_of_any_options_and_size(
 
 
 def test_legacy_onnx_of_an_fft_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("onnx")
     with refused("backend 'fft'", "dynamo=False", "backend='auto'", "dynamo=True"):
         export(network(backend="fft"), images(), tmp_path / "model.onnx", dynamo=False, dynamic=False)
 
 
 def test_onnx_file_of_another_size_is_refused_by_the_runtime(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
     axes = {"x": {0: "batch", 2: "height", 3: "width"}}
     names = {"input_names": ["x"], "output_names": ["y"]}
     torch.onnx.export(network(), (images(),), tmp_path / "model.onnx", dynamo=False, dynamic_axes=axes, **names)
@@ -156,6 +149,13 @@ def test_trace_fails_at_another_size_than_its_own(reparameterized: bool, size: t
     traced = torch.jit.trace(network(reparameterized), images())
     with pytest.raises(RuntimeError, match="expanded size"):
         traced(images(2, size))
+
+
+def test_trace_that_runs_under_autocast_keeps_the_dtype() -> None:
+    layer, x = SGConv2d(3, (4, 6), backend="toeplitz"), torch.randn(2, 3, 4, 6)
+    traced = torch.jit.trace(layer, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert traced(x).dtype == layer(x).dtype == torch.float32
 
 
 @pytest.mark.parametrize("length", [19, 40])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Algorithm:
-    """How a backend computes what `derivatives` differentiates; no part of it but the last two needs to be.
+    """How a backend computes what `derivatives` differentiates. Only ``prepare`` and ``plain`` must be differentiable.
 
     x and dy always have one dtype. Products leave autocast, and without images taps are zero.
     """

@@ -104,7 +104,8 @@ def _plain(x: Tensor, taps: Tensor) -> Tensor:
     with without_autocast(x):
         lag = torch.arange(length, device=x.device)[None, :] - torch.arange(length, device=x.device)[:, None]
         matrix = _two_sided(taps.to(x.dtype), length)[:, lag + length - 1]  # (C, s, t)
-        return torch.matmul(x.transpose(0, 1), matrix).transpose(0, 1)
+        y = torch.matmul(x.transpose(0, 1), matrix).transpose(0, 1)
+        return y.to(x.dtype)  # a trace forgets that it left autocast
 
 
 ALGORITHM = Algorithm(_conv, _gradient_of_taps, plain=_plain)

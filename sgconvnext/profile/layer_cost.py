@@ -48,8 +48,8 @@ def interpolated_taps(layer: Layer) -> int:
 
 def _macs(layer: Layer, output: Any) -> int:
     """Of a call, by the algorithm's count as in `sgconvnext.profile.flops`, with the kernel that it made."""
-    cost = layer_cost(layer, output)
-    return round(cost.kernel + cost.algorithm)
+    call = layer_cost(layer, output)
+    return round(call.kernel + call.algorithm)
 
 
 def _tell_thop(layer: Any, _: Any, output: Any) -> None:
