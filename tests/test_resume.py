@@ -282,3 +282,9 @@ def test_shares_of_shards_cannot_change_in_the_middle_of_an_epoch() -> None:
         else:
             with refused("middle of an epoch"):
                 resume.refuse_changes(written_by(before, update=2), after, facts, PATH)
+
+
+def test_knobs_that_decide_when_processes_meet_are_compared_and_places_are_not() -> None:
+    compared = resume.knobs(micro_config())
+    assert {"optim.lr", "seed", "save.every", "run.log_every", "run.max_skips", "save.max_failures"} <= compared.keys()
+    assert not {"out", "data.root", "data.workers"} & compared.keys()
