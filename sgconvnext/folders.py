@@ -44,7 +44,9 @@ class Listing:
         self.folders.add(folder)
         name = posixpath.basename(path)
         stem, suffix = os.path.splitext(name)
-        if suffix.lower() in SUFFIXES:
+        if name.startswith("._"):  # macOS's notes on the file of that name, which are no picture
+            self.others[folder, "._*"] += 1
+        elif suffix.lower() in SUFFIXES:
             self.images.append((folder, path, found))
         else:
             self.others[folder, suffix.lower() or (name if stem.startswith(".") else "no suffix")] += 1
@@ -186,9 +188,12 @@ class Tar(ReaderImageInTar):  # type: ignore[misc]
         found = Listing()
         with tarfile.open(root, "r:") as tar:
             for member in _add_members(found, tar):
-                with tarfile.open(fileobj=tar.extractfile(member)) as inner:
-                    for deeper in _add_members(found, inner, member):  # timm reads none of their images
-                        found.others[_folder(deeper, member), ".tar"] += 1
+                try:
+                    with tarfile.open(fileobj=tar.extractfile(member)) as inner:
+                        for deeper in _add_members(found, inner, member):  # timm reads none of their images
+                            found.others[_folder(deeper, member), ".tar"] += 1
+                except tarfile.TarError as error:
+                    raise ValueError(f"{member.name} in it is no whole tar file; pack it again") from error
                 self.tar_state.children[member.name] = TarState(ti=member)
         self.unread = found.unread()
         labels = found.labels(_shared(found))

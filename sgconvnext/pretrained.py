@@ -1,10 +1,12 @@
 """Weights on their way into a model that timm builds: checked key by key, resized where its img_size is another."""
 
+import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor
 
 from .fit import refuse_misfit
@@ -34,6 +36,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: SGConvNeXt, strict: 
             f"{name}: the weights have a classifier of {theirs} classes, their pretrained_cfg says {classes}; add "
             f"'num_classes': {theirs} to pretrained_cfg_overlay"
         )
+    _refuse_another_kernel(model, name)
     resized = _resized(state_dict, model)
     changing = ["head.fc"] if model.num_classes != classes else []  # timm leaves it out, and converts the stem
     if model.in_chans != config["input_size"][0]:
@@ -41,6 +44,19 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: SGConvNeXt, strict: 
     if strict:
         refuse_misfit(model, resized, f"{name}: the pretrained file", changing)
     return resized
+
+
+def _refuse_another_kernel(model: SGConvNeXt, name: str) -> None:
+    """Refuse options that the weights' own folder records otherwise: the shapes are the same, the kernels are not."""
+    saved = getattr(model, "pretrained_model_args", {})
+    if not saved:
+        return
+    defaults = inspect.signature(SGConvNeXt).parameters
+    layer = next(layer for _, layer in _mixers(model))
+    for key in ("decay", "alpha") if layer.decay == "scale" else ("decay", "exponent"):
+        then, here = saved.get(key, defaults[key].default), getattr(layer, key)
+        if (to_2tuple(then) if key == "alpha" else then) != here:
+            raise ValueError(f"{name}: the pretrained file was trained with {key}={then}, not {here}; leave {key} out")
 
 
 def _resized(state: dict[str, Any], model: SGConvNeXt) -> dict[str, Any]:

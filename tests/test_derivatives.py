@@ -168,6 +168,23 @@ def test_compiled_operator_has_no_second_derivative_and_says_so(backend: str) ->
         dx.sum().backward()
 
 
+COMPILED = {
+    "grad": lambda f: grad(f),
+    "grad of grad": lambda f: grad(lambda x: grad(f)(x).square().sum()),
+    "vmap of grad": lambda f: lambda x: vmap(grad(lambda one: f(one[None])))(x),
+    "jvp": lambda f: lambda x: jvp(f, (x,), (x,))[1],
+}
+
+
+@pytest.mark.parametrize("nested", COMPILED)
+@each_fast_backend
+def test_compiled_transforms_give_what_they_give_uncompiled(backend: str, nested: str) -> None:
+    torch.compiler.reset()
+    x, taps = (tensor.detach() for tensor in signals(False))
+    function = COMPILED[nested](lambda x: cube(backend)(x, taps))
+    assert relative_error(torch.compile(function, backend="aot_eager")(x), function(x)) <= 1e-12
+
+
 # Layers
 
 

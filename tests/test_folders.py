@@ -215,6 +215,22 @@ def test_tar_files_within_a_tar_file_are_class_folders(tmp_path: Path) -> None:
         assert split.dataset[i].image.shape == (3, 32, 32)  # type: ignore[index]
 
 
+def test_damaged_tar_file_within_a_tar_file_is_refused_by_its_name(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        member = tarfile.TarInfo("train/cat.tar")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"junk"))
+    with refused("train/cat.tar in it is no whole tar file"):
+        split_of(tmp_path, **{"data.train_split": "train.tar"})
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_notes_of_macos_are_no_pictures(kind: str, tmp_path: Path) -> None:
+    split = in_either(kind, tmp_path, "cat/1.png", "cat/._1.png", "dog/1.png")
+    assert labels(split) == {"cat/1.png": "cat", "dog/1.png": "dog"}
+    assert split.unread == {"._*": 1}
+
+
 def test_one_folder_around_the_classes_is_refused_and_not_taken_for_the_only_class(tmp_path: Path) -> None:
     write(tmp_path, "train/images/cat/1.png", "train/images/dog/1.png")
     with refused("its only class would be 'images'", "cat, dog", "name train/images as the split"):

@@ -225,3 +225,23 @@ def test_resized_model_is_rebuilt_at_its_new_size(before: int | None, tmp_path: 
     model = built(before)
     model.set_input_size((96, 64))
     assert_same(timm.create_model(saved(model, tmp_path), pretrained=True).eval(), model)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({}, {"alpha": 0.7}, "trained with alpha=0.5, not (0.7, 0.7); leave alpha out"),
+        ({}, {"decay": "position"}, "trained with decay=scale, not position"),
+        ({"alpha": (1.0, 0.25)}, {"alpha": 0.5}, "trained with alpha="),
+        ({"decay": "position", "exponent": 0.5}, {"exponent": 1.0}, "trained with exponent=0.5, not 1.0"),
+    ],
+    ids=str,
+)
+def test_folder_of_another_function_of_the_same_shapes_is_refused(
+    before: dict[str, Any], after: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    model = built(64, **before)
+    name = saved(model, tmp_path)
+    assert_same(timm.create_model(name, pretrained=True, **before).eval(), model)
+    with refused(told):
+        timm.create_model(name, pretrained=True, **after)

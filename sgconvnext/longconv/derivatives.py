@@ -32,7 +32,7 @@ Dims: TypeAlias = tuple[int | None, ...]
 def long_conv(x: Tensor, taps: Tensor, algorithm: Algorithm) -> Tensor:
     """Same contract as reference.long_conv, by an algorithm. Autograd keeps x and the taps, nothing else."""
     x = algorithm.prepare(x) if algorithm.prepare else x
-    if _forward_mode():
+    if _forward_mode() or _compiled_transform():
         return (algorithm.plain or fft.plain_long_conv)(x, taps)
     y: Tensor = _Convolve.apply(x, taps, False, algorithm)
     return y
@@ -45,6 +45,14 @@ def _forward_mode() -> bool:
     of two nested forward derivatives the second then silently lacks terms.
     """
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def _compiled_transform() -> bool:
+    """Whether torch.func is at work inside of what torch.compile compiles: there too only plain operators are right.
+
+    The compiler replaces a Function by one without rules for torch.func, and its second derivatives would be zero.
+    """
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _again(algorithm: Algorithm) -> Algorithm:
