@@ -7,6 +7,10 @@ from typing import Any
 import torch
 
 
+class UnknownArgumentError(TypeError, ValueError):
+    """A model has no argument of that name: Python and timm raise a TypeError, this package ValueErrors."""
+
+
 class DataError(ValueError):
     """The data, found while reading it, cannot be trained on."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
+from .errors import UnknownArgumentError
 from .model import SGConvNeXt
 from .pretrained import checkpoint_filter_fn
 
@@ -73,11 +74,11 @@ def _refuse_unknown(name: str, kwargs: dict[str, Any]) -> None:
     known = [*inspect.signature(SGConvNeXt).parameters, *sorted(BUILDER)]
     for key, value in kwargs.items():
         if key in WITHOUT_MEANING:
-            raise ValueError(f"{name} has no {key} ({key}={value!r}): {WITHOUT_MEANING[key]}; leave it out")
+            raise UnknownArgumentError(f"{name} has no {key} ({key}={value!r}): {WITHOUT_MEANING[key]}; leave it out")
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known[: known.index('device')])}"
-            raise ValueError(f"{name} has no argument {key!r} ({key}={value!r}); {hint}")
+            raise UnknownArgumentError(f"{name} has no argument {key!r} ({key}={value!r}); {hint}")
     if "out_indices" in kwargs and not kwargs.get("features_only"):
         raise ValueError(f"{name}: out_indices={kwargs['out_indices']!r} is of features_only=True; add it")
 

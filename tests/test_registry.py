@@ -48,3 +48,8 @@ def test_misspelt_argument_is_refused_with_a_suggestion() -> None:
         timm.create_model("sgconvnext_atto", colour=3)
     with refused("out_indices=(1, 2) is of features_only=True"):
         timm.create_model("sgconvnext_atto", out_indices=(1, 2))
+
+
+def test_unknown_argument_is_a_type_error_too_as_timm_expects() -> None:
+    with pytest.raises(TypeError, match="has no argument 'not_a_model_arg'"):
+        timm.create_model("sgconvnext_atto", device="meta", not_a_model_arg=1)
