@@ -37,11 +37,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import sgconvnext  # noqa: F401  registers the models with timm
-from sgconvnext import arguments, build, checkpoint, data, distributed, engine, optim, preflight, resume, rng
-from sgconvnext.config import Config, describe, load_config, to_dict
+from sgconvnext import console
 from sgconvnext.errors import DataError, NonFiniteError, TooManyUnreadableError, shortened
-from sgconvnext.images import Batch
-from sgconvnext.watch import Watch
+from sgconvnext.files import write_whole
+from sgconvnext.training import build, checkpoint, data, distributed, engine, optim, preflight, resume, rng
+from sgconvnext.training.config import Config, describe, load_config, to_dict
+from sgconvnext.training.images import Batch
+from sgconvnext.training.watch import Watch
 
 _logger = logging.getLogger("train")
 
@@ -66,7 +68,7 @@ def main() -> None:
                 world.on_first(run.begin)
                 opened.callback(run.end)
         except (ValueError, OSError) as error:  # the user's, or the disk's
-            distributed.fail("train.py", error)
+            console.fail("train.py", error)
         if args.check:
             _logger.info("checked: data, arithmetic, memory and disk are as the run needs them")
         else:
@@ -79,27 +81,25 @@ def finish(run: "Run") -> None:
     try:
         run.train()
     except NonFiniteError as error:
-        distributed.fail("train.py", run.reported(error), code=1)
+        console.fail("train.py", run.reported(error), code=1)
     except (FloatingPointError, TooManyUnreadableError, OSError) as error:
-        distributed.fail("train.py", error, code=1)
+        console.fail("train.py", error, code=1)
     except DataError as error:  # out of a loader worker it comes with the worker's traceback before it
         reason = str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
-        distributed.fail("train.py", DataError(reason), code=1, alone=True)
+        console.fail("train.py", DataError(reason), code=1, alone=True)
     except torch.OutOfMemoryError:
         told = preflight.too_much(run.training, f"the memory of {run.world.device}")
-        distributed.fail("train.py", RuntimeError(told), code=1, alone=True)
+        console.fail("train.py", RuntimeError(told), code=1, alone=True)
     except RuntimeError as error:  # torch has no types for the next two
         message, last = (str(error).splitlines() or [""])[0], (str(error).splitlines() or [""])[-1]
         if "DataLoader worker (pid" in message:
             cure = "out of memory, or of shared memory in /dev/shm? lower data.workers; resume=auto goes on"
-            distributed.fail("train.py", RuntimeError(f"{message} ({cure})"), code=1, alone=True)
+            console.fail("train.py", RuntimeError(f"{message} ({cure})"), code=1, alone=True)
         if "in DataLoader worker process" in message:
             cure = "see data.workers, and /dev/shm if it is about shared memory"
-            distributed.fail("train.py", RuntimeError(f"a loader worker failed: {last} ({cure})"), code=1, alone=True)
+            console.fail("train.py", RuntimeError(f"a loader worker failed: {last} ({cure})"), code=1, alone=True)
         if isinstance(error, DistError) or "gloo" in message:
-            distributed.fail(
-                "train.py", RuntimeError("another process of this run has ended; see its message"), code=1
-            )
+            console.fail("train.py", RuntimeError("another process of this run has ended; see its message"), code=1)
         raise
 
 
@@ -107,7 +107,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=describe(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=arguments.path, help="YAML file, such as configs/digits.yaml")
+    parser.add_argument("config", type=console.path, help="YAML file, such as configs/digits.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="knobs that override the file; or the word check"
     )
@@ -241,7 +241,7 @@ class Run:
             self.folder.point("best.pth", best)
         self.watch = Watch(self.config, self.history)
         text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
-        checkpoint.write_whole(self.folder.path / "config.yaml", text.encode())
+        write_whole(self.folder.path / "config.yaml", text.encode())
 
     def unnamed_best(self) -> Path | None:
         """The best epoch's checkpoint, if best.pth should be it and is not.
@@ -265,7 +265,7 @@ class Run:
         for rank in error.report["ranks"]:
             rank["images"] = [self.images.name(place) for place in rank["places"]]
         try:
-            self.world.on_first(lambda: checkpoint.write_whole(path, json.dumps(error.report, indent=1).encode()))
+            self.world.on_first(lambda: write_whole(path, json.dumps(error.report, indent=1).encode()))
         except OSError as full:
             return FloatingPointError(f"{error}; its images cannot be listed: {full}")
         return FloatingPointError(f"{error}; its images are listed in {path}")

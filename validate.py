@@ -18,7 +18,8 @@ import logging
 import torch
 
 import sgconvnext  # noqa: F401  registers the models with timm
-from sgconvnext import arguments, build, checkpoint, console, data, distributed, engine, preflight
+from sgconvnext import console
+from sgconvnext.training import build, checkpoint, data, distributed, engine, preflight
 
 _logger = logging.getLogger("validate")
 
@@ -44,7 +45,7 @@ def main() -> None:
             _logger.warning("%s", line)
         result = engine.evaluate(model.to(world.device), loader, config, world)
     except (ValueError, OSError) as error:
-        distributed.fail("validate.py", error)
+        console.fail("validate.py", error)
     if world.is_first:
         console.tell("validate.py", json.dumps(result) + "\n")
     distributed.stop()
@@ -52,7 +53,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=arguments.path, help="last.pth or best.pth of a run")
+    parser.add_argument("--checkpoint", required=True, type=console.path, help="last.pth or best.pth of a run")
     parser.add_argument("--data-root", help="folder that holds the validation split, if not the run's own")
     parser.add_argument("--use-ema", action="store_true", help="evaluate the average of the weights")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="knobs of the run to change")

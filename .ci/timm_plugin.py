@@ -5,14 +5,14 @@ from collections import defaultdict
 import pytest
 from timm.models import _registry
 
-from sgconvnext.registry import SIZES
+from sgconvnext.models.sgconvnext import SIZES
 
 MODELS = [f"sgconvnext_{size}" for size in SIZES]
 MIN_TESTS = 10  # per model; timm 1.0.31 has 11
 REQUIRED_TESTS = {"test_model_forward_intermediates", "test_model_forward_torchscript", "test_model_forward_fx"}
 
-# timm picks the models of its intermediate-feature tests by module, and sgconvnext.registry is not on its list.
-_registry._module_to_models["convnext"] |= _registry._module_to_models["registry"]
+# timm picks the models of its intermediate-feature tests by module, and our module is not on its list.
+_registry._module_to_models["convnext"] |= _registry._module_to_models["sgconvnext"]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

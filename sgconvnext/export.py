@@ -24,10 +24,11 @@ from timm.data import infer_imagenet_subset
 from timm.models._hub import save_config_for_hf  # save_for_hf, which is public, writes no metadata beside the weights
 from torch import nn
 
-from . import arguments, build, checkpoint, console, distributed
-from .config import Config
-from .data import class_names
+from . import console
 from .model_card import model_card
+from .training import build, checkpoint
+from .training.config import Config
+from .training.data import class_names
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # timm's names
 
@@ -38,7 +39,7 @@ def main() -> None:
     try:
         told = export_checkpoint(args.checkpoint, args.folder, args.use_ema)
     except ValueError as error:
-        distributed.fail("sgconvnext.export", error)
+        console.fail("sgconvnext.export", error)
     console.tell("sgconvnext.export", told + "\n")
 
 
@@ -48,8 +49,8 @@ def parse_args() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=arguments.path, help="last.pth or best.pth of a run")
-    parser.add_argument("folder", type=arguments.path, help="folder to write; it must not hold exported weights yet")
+    parser.add_argument("checkpoint", type=console.path, help="last.pth or best.pth of a run")
+    parser.add_argument("folder", type=console.path, help="folder to write; it must not hold exported weights yet")
     parser.add_argument("--use-ema", action="store_true", help="export the average of the weights")
     return parser.parse_args()
 

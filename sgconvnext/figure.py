@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from .checkpoint import write_whole
+from .files import write_whole
 
 COLOURS = ("#d95f02", "#1f77b4", "#2ca02c", "#7b4ab8", "#8c564b", "#555555")
 

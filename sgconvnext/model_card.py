@@ -6,7 +6,7 @@ from typing import Any
 from timm.models._hub import generate_readme  # which timm's push_to_hf_hub writes a card with
 from torch import nn
 
-from .config import Config
+from .training.config import Config
 
 USAGE = """```python
 {imports}

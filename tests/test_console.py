@@ -1,5 +1,6 @@
 """What a command says when its output cannot be written, and when Ctrl-C comes: one line or none, and a code."""
 
+import argparse
 import json
 import os
 import re
@@ -15,9 +16,10 @@ from helpers import refused
 from training_helpers import ROOT, command_line, environment, only_line, trained
 
 import validate
-from sgconvnext import arguments, checkpoint, figure
+from sgconvnext import console, figure
 from sgconvnext.profile import throughput
 from sgconvnext.profile.gpu_plan import Deadline
+from sgconvnext.training import checkpoint
 
 ATTO = "sgconvnext_atto,depths=[1,1,1,1],dims=[8,16,24,32]"
 FULL = Path("/dev/full")
@@ -113,7 +115,7 @@ def test_interrupted_validation_ends_with_130_and_no_word(
 
 
 INTERRUPTED = {
-    "validate.py": ["sgconvnext.engine.evaluate", "--checkpoint", "{run}"],
+    "validate.py": ["sgconvnext.training.engine.evaluate", "--checkpoint", "{run}"],
     "sgconvnext.export": ["sgconvnext.export.write_folder", "{run}", "{folder}/exported"],
     "sgconvnext.visualize": ["sgconvnext.visualize.kernels.draw_energy", "energy", "{run}", "--out", "{folder}/a.png"],
     "sgconvnext.profile": ["sgconvnext.profile.flops.tables", "flops", ATTO],
@@ -123,7 +125,7 @@ import os, runpy, signal, sys
 from unittest import mock
 script, where = sys.argv.pop(1), sys.argv.pop(1)
 if script == "sgconvnext.export":  # which runs as a module of another name
-    where = "sgconvnext.build.trained_model"
+    where = "sgconvnext.training.build.trained_model"
 def ring(*_, **__):
     os.kill(os.getpid(), signal.SIGINT)
     signal.pause()
@@ -265,13 +267,13 @@ def test_home_folder_is_found_in_every_path_of_the_command_line(monkeypatch: pyt
 
 @pytest.mark.parametrize("text", ["0", "-1", "2147483648", "9" * 5000, "1.5", ""])
 def test_count_that_torch_does_not_take_is_refused(text: str) -> None:
-    with pytest.raises(arguments.ArgumentTypeError, match="at least 1 and at most 2147483647"):
-        arguments.count(text)
-    assert arguments.count("2147483647") == 2**31 - 1
+    with pytest.raises(argparse.ArgumentTypeError, match="at least 1 and at most 2147483647"):
+        console.count(text)
+    assert console.count("2147483647") == 2**31 - 1
 
 
 @pytest.mark.parametrize("text", ["0", "nan", "inf", "1e300", "-1", "x"])
 def test_seconds_that_no_alarm_takes_are_refused(text: str) -> None:
-    with pytest.raises(arguments.ArgumentTypeError, match="positive number of seconds, at most 1000000"):
-        arguments.seconds(text)
-    assert arguments.seconds("0.5") == 0.5
+    with pytest.raises(argparse.ArgumentTypeError, match="positive number of seconds, at most 1000000"):
+        console.seconds(text)
+    assert console.seconds("0.5") == 0.5

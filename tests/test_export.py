@@ -18,8 +18,9 @@ from timm.data import resolve_model_data_config
 from timm.models import load_checkpoint
 from training_helpers import MICRO, command, micro_config, randomized, trained
 
-from sgconvnext import build, checkpoint, export
+from sgconvnext import export
 from sgconvnext.export import export_checkpoint
+from sgconvnext.training import build, checkpoint
 
 PREPROCESSING = {
     "data.img_size": [32, 64],

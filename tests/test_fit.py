@@ -15,8 +15,9 @@ from torch import Tensor
 from training_helpers import MICRO, micro_config, trained
 
 import validate
-from sgconvnext import SGConvNeXt, build, checkpoint
+from sgconvnext import SGConvNeXt
 from sgconvnext.export import export_checkpoint
+from sgconvnext.training import build, checkpoint
 
 Weights = dict[str, Any]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from training_helpers import ROOT, environment, write_config
 
-from sgconvnext import checkpoint
-from sgconvnext.folders import SUFFIXES
+from sgconvnext.models.sgconvnext import SIZES
 from sgconvnext.profile import flops
-from sgconvnext.registry import SIZES
+from sgconvnext.training import checkpoint
+from sgconvnext.training.folders import SUFFIXES
 
 README = (ROOT / "README.md").read_text()
 

@@ -22,10 +22,10 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader, Dataset
 
 import train
-from sgconvnext import build, checkpoint, data, engine, optim
-from sgconvnext.config import Config, flatten, from_dict, merge, to_dict
-from sgconvnext.distributed import World
-from sgconvnext.images import Batch, Sample, TellsFaults, collate_readable
+from sgconvnext.training import build, checkpoint, data, engine, optim
+from sgconvnext.training.config import Config, flatten, from_dict, merge, to_dict
+from sgconvnext.training.distributed import World
+from sgconvnext.training.images import Batch, Sample, TellsFaults, collate_readable
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

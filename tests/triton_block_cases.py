@@ -17,8 +17,8 @@ from helpers import relative_error
 from torch import Tensor
 from triton.runtime import interpreter
 
-from sgconvnext import triton_block
-from sgconvnext.triton_block import layer_norm_channels_last, scale_residual_channels_first
+from sgconvnext.longconv.triton import block as triton_block
+from sgconvnext.longconv.triton.block import layer_norm_channels_last, scale_residual_channels_first
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EPS = 1e-6

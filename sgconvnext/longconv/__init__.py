@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from . import derivatives, dft, fft, reference, toeplitz, triton_toeplitz
+from . import derivatives, dft, fft, reference, toeplitz
 from .choice import choose_backend, choose_matrix_backend
+from .triton import toeplitz as triton_toeplitz
 
 ALGORITHMS = {
     "fft": fft.ALGORITHM,

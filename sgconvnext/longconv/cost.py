@@ -6,9 +6,9 @@ FLOPs are real additions and multiplications; a multiply-add (MAC) is two.
 import math
 from collections.abc import Callable
 
-from . import tiles
 from .dft import block_shape
 from .fft import fft_length
+from .triton import tiles
 
 COMPLEX_PRODUCT = 6  # four multiplications and two additions
 INTERPOLATION = 3  # a + t (b - a), per output

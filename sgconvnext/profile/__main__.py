@@ -22,10 +22,10 @@ import torch
 
 import sgconvnext  # noqa: F401  registers the models with timm
 
-from .. import arguments, console, distributed, figure
-from ..checkpoint import write_whole
+from .. import console, figure
 from ..errors import is_out_of_memory
-from ..registry import SIZES
+from ..files import write_whole
+from ..models.sgconvnext import SIZES
 from . import flops, gpu, ops, plot, scaling, throughput
 from .gpu_plan import TIMED, Plan
 from .table import STYLES, Table, environment, render
@@ -44,15 +44,15 @@ def main() -> None:
         command = shlex.join(["python", "-m", "sgconvnext.profile", *sys.argv[1:]])
         facts = environment(torch.device(args.device), command, **described(args))
     except (ValueError, OSError) as error:
-        distributed.fail("sgconvnext.profile", error)
+        console.fail("sgconvnext.profile", error)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        distributed.fail("sgconvnext.profile", RuntimeError("out of memory; lower --batch or --img-size"))
+        console.fail("sgconvnext.profile", RuntimeError("out of memory; lower --batch or --img-size"))
     problem = write_files(tables, facts, args)
     console.tell("sgconvnext.profile", render(tables, facts, args.style))
     if problem:
-        distributed.fail("sgconvnext.profile", problem)
+        console.fail("sgconvnext.profile", problem)
     if not all(table.complete for table in tables):
         sys.exit(console.INTERRUPTED)
 
@@ -157,14 +157,14 @@ def parse_args() -> argparse.Namespace:
         prog="python -m sgconvnext.profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    px: dict[str, Any] = {"type": arguments.size, "metavar": "PX"}
-    many: dict[str, Any] = {"type": arguments.count, "metavar": "B", "nargs": "+"}
+    px: dict[str, Any] = {"type": console.size, "metavar": "PX"}
+    many: dict[str, Any] = {"type": console.count, "metavar": "B", "nargs": "+"}
 
     sub = commands.add_parser("flops", help="parameters, MACs, FLOPs and activations, per part and stage")
     _add_output(sub)
     _add_models(sub)
     sub.add_argument("--img-size", **px, default=(224, 224), help="224 or 256x192 (224)")
-    sub.add_argument("--batch", type=arguments.count, default=1, metavar="B", help="images; counts are per image (1)")
+    sub.add_argument("--batch", type=console.count, default=1, metavar="B", help="images; counts are per image (1)")
     sub.add_argument("--stages", action="store_true", help="every part of every stage too")
     sub.set_defaults(run=run_flops)
 
@@ -175,9 +175,9 @@ def parse_args() -> argparse.Namespace:
     sub.add_argument("--img-size", **px, default=(224, 224), help="224 or 256x192 (224)")
     sub.add_argument("--batch", **many, default=[1], help="images at a time (1)")
     _add_versions(sub)
-    sub.add_argument("--group", type=arguments.count, metavar="N", help="compare N models at a time, with their first")
-    sub.add_argument("--plot", type=arguments.path, metavar="PNG", help="draw throughput against FLOPs")
-    sub.add_argument("--accuracy", type=arguments.path, metavar="CSV", help="columns model, top1: draw these too")
+    sub.add_argument("--group", type=console.count, metavar="N", help="compare N models at a time, with their first")
+    sub.add_argument("--plot", type=console.path, metavar="PNG", help="draw throughput against FLOPs")
+    sub.add_argument("--accuracy", type=console.path, metavar="CSV", help="columns model, top1: draw these too")
     sub.set_defaults(run=run_throughput)
 
     sub = commands.add_parser("ops", help="the long convolution's backends next to the 7x7 convolution")
@@ -185,7 +185,7 @@ def parse_args() -> argparse.Namespace:
     _add_timing(sub, seconds=1.0)
     sub.add_argument(
         "--shape",
-        type=arguments.shape,
+        type=console.shape,
         nargs="+",
         default=list(ops.DEFAULT_SHAPES),
         metavar="CxHxW",
@@ -200,7 +200,7 @@ def parse_args() -> argparse.Namespace:
     _add_timing(sub, seconds=5.0)
     sizes = [(side, side) for side in (128, 224, 384, 512, 1024)]
     sub.add_argument("--img-size", **px, nargs="+", default=sizes, help="(128 224 384 512 1024)")
-    sub.add_argument("--batch", type=arguments.count, default=1, metavar="B", help="images at a time (1)")
+    sub.add_argument("--batch", type=console.count, default=1, metavar="B", help="images at a time (1)")
     _add_versions(sub)
     sub.set_defaults(run=run_scaling)
 
@@ -218,9 +218,9 @@ def parse_args() -> argparse.Namespace:
     sub.add_argument("--backends", nargs="+", choices=TIMED, help=f"({defaults})")
     sub.add_argument("--reparameterize", action="store_true", help="part 3: fix the taps of models that infer")
     sub.add_argument(
-        "--deadline", type=arguments.seconds, default=gpu.DEADLINE_S, metavar="S", help=f"({gpu.DEADLINE_S:g})"
+        "--deadline", type=console.seconds, default=gpu.DEADLINE_S, metavar="S", help=f"({gpu.DEADLINE_S:g})"
     )
-    sub.add_argument("--out", type=arguments.path, metavar="JSON", help="file to write (gpu_partN.json)")
+    sub.add_argument("--out", type=console.path, metavar="JSON", help="file to write (gpu_partN.json)")
     sub.set_defaults(run=run_gpu, device="auto")
     return parser.parse_args()
 
@@ -250,12 +250,12 @@ def _add_modes(sub: argparse.ArgumentParser, default: list[str]) -> None:
 def _add_timing(sub: argparse.ArgumentParser, seconds: float) -> None:
     _add_modes(sub, default=["inference"])
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto: CUDA if there)")
-    sub.add_argument("--threads", type=arguments.count, metavar="N", help="of a CPU (torch's choice)")
+    sub.add_argument("--threads", type=console.count, metavar="N", help="of a CPU (torch's choice)")
     sub.add_argument("--dtype", choices=DTYPES, default="fp32", help="half precision by autocast (fp32)")
     sub.add_argument("--channels-last", action="store_true", help="memory format of images and weights")
-    sub.add_argument("--rounds", type=arguments.count, default=5, metavar="N", help="(5)")
+    sub.add_argument("--rounds", type=console.count, default=5, metavar="N", help="(5)")
     sub.add_argument(
-        "--seconds", type=arguments.seconds, default=seconds, metavar="S", help=f"of each in a round ({seconds:g})"
+        "--seconds", type=console.seconds, default=seconds, metavar="S", help=f"of each in a round ({seconds:g})"
     )
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import build
 from ..errors import one_line
-from ..layer import SGConv, SGConv2d
 from ..longconv.cost import linear_interpolation
+from ..models.layer import SGConv, SGConv2d
+from ..training import build
 from .layer_cost import LayerCost, layer_cost
 from .table import Table
 from .workload import random_images, spoken_size

@@ -49,7 +49,7 @@ def _measure(plan: Plan, stage: Stage, mode: str, rows: list[dict[str, Any]]) ->
 
 def _steps(plan: Plan, stage: Stage, mode: str) -> tuple[list[Step], list[Step]]:
     """Of the norm and of the sum: PyTorch's way, and Triton's."""
-    from .. import triton_block
+    from ..longconv.triton import block as triton_block
 
     batch, channels, length = plan.batch(mode), stage.channels, stage.side**2
     training = mode == "training"

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import one_line
 from ..longconv import BACKENDS
-from ..registry import SIZES
+from ..models.sgconvnext import SIZES
 
 TIMED = tuple(name for name in BACKENDS if name != "reference")  # which is no contender
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..longconv import triton_toeplitz
-from ..longconv.tiles import Tile, conv_macs, conv_tile, dtaps_macs, dtaps_tile
+from ..longconv.triton import toeplitz as triton_toeplitz
+from ..longconv.triton.tiles import Tile, conv_macs, conv_tile, dtaps_macs, dtaps_tile
 from .gpu_ops import ROUNDED, SETS, SUMMED, poison, relative_error, signals
 from .gpu_plan import Deadline, Plan
 from .table import Table
@@ -80,7 +80,7 @@ class Problem(NamedTuple):
 
     def run(self, inputs: Signals, tile: Tile) -> Tensor:
         """The result by a tile."""
-        from ..longconv import triton_programs
+        from ..longconv.triton import programs as triton_programs
 
         x, taps, dy = inputs
         if self.operator == "conv":

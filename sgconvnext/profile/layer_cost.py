@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..layer import SGConv, SGConv2d
 from ..longconv import choose_backend, cost
+from ..models.layer import SGConv, SGConv2d
 
 Layer = SGConv | SGConv2d
 

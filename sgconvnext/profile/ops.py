@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import is_out_of_memory
-from ..kernel import lag_taps
-from ..layer import SGConv2d
 from ..longconv import BACKENDS, available_backends, choose_backend, long_conv
+from ..models.kernel import lag_taps
+from ..models.layer import SGConv2d
 from .table import Table, interruptible
 from .timing import Step, Timing, interleave
 from .workload import DTYPES, settle_backends

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import build
+from ..training import build
 from . import flops
 from .table import Table, interruptible
 from .timing import Timing, interleave

@@ -18,8 +18,8 @@ from timm.optim import create_optimizer_v2
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
-from .. import build
 from ..errors import is_out_of_memory, one_line
+from ..training import build
 from .timing import Step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,7 +14,7 @@ from typing import Any
 
 import sgconvnext  # noqa: F401  registers the models with timm
 
-from .. import arguments, console, distributed, figure
+from .. import console, figure
 from ..errors import is_out_of_memory
 from . import features, kernels, pruning
 from .subject import Subject, load, untrained_convnext
@@ -29,11 +29,11 @@ def main() -> None:
         subject = load(args.network, args.use_ema, args.knobs)
         figure.save(args.draw(subject, args), out)
     except (ValueError, OSError) as error:
-        distributed.fail("sgconvnext.visualize", error)
+        console.fail("sgconvnext.visualize", error)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        distributed.fail("sgconvnext.visualize", RuntimeError("out of memory; use a smaller network or image"))
+        console.fail("sgconvnext.visualize", RuntimeError("out of memory; use a smaller network or image"))
     console.tell("sgconvnext.visualize", f"{out}: {args.command} of {subject.title}\n")
 
 
@@ -85,31 +85,29 @@ def parse_args() -> argparse.Namespace:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(draw=draw)
         sub.add_argument(
-            "network", type=arguments.path, metavar="CHECKPOINT_OR_MODEL", help="best.pth of a run, or timm's name"
+            "network", type=console.path, metavar="CHECKPOINT_OR_MODEL", help="best.pth of a run, or timm's name"
         )
         if name in ("features", "erf"):
             sub.add_argument(
-                "image", nargs="?", type=arguments.path, metavar="IMAGE", help="else the run's validation images"
+                "image", nargs="?", type=console.path, metavar="IMAGE", help="else the run's validation images"
             )
         if name in ("kernels", "footprint"):
-            sub.add_argument(
-                "--block", type=arguments.count, default=1, metavar="N", help="of every stage, from 1 (1)"
-            )
+            sub.add_argument("--block", type=console.count, default=1, metavar="N", help="of every stage, from 1 (1)")
         if name == "erf":
             sub.add_argument(
                 "--against",
-                type=arguments.path,
+                type=console.path,
                 metavar="CHECKPOINT_OR_MODEL",
                 help="(an untrained ConvNeXt of its size)",
             )
-            sub.add_argument("--images", type=arguments.count, default=32, metavar="N", help="to average over (32)")
+            sub.add_argument("--images", type=console.count, default=32, metavar="N", help="to average over (32)")
         if name == "pruning":
             sub.add_argument(
-                "--images", type=arguments.count, default=2000, metavar="N", help="validation images (2000)"
+                "--images", type=console.count, default=2000, metavar="N", help="validation images (2000)"
             )
         sub.add_argument("--use-ema", action="store_true", help="the checkpoint's average of the weights")
         sub.add_argument("--set", dest="knobs", nargs="+", default=[], metavar="section.key=value", help="of the run")
-        sub.add_argument("--out", type=arguments.path, metavar="PNG", help=f"({name}.png)")
+        sub.add_argument("--out", type=console.path, metavar="PNG", help=f"({name}.png)")
     return parser.parse_args()
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import figure
-from ..kernel import lag_taps
-from ..layer import SGConv2d
+from ..models.kernel import lag_taps
+from ..models.layer import SGConv2d
 from .subject import Subject
 
 BLUE, BAND = "#1f77b4", "#f0f0f0"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import figure
-from ..kernel import lag_taps
+from ..models.kernel import lag_taps
 from .subject import Subject
 
 SHARES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)

@@ -11,12 +11,12 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
-from .. import build, checkpoint, data
-from ..config import Config
 from ..errors import one_line
-from ..images import Images, decode
-from ..layer import SGConv2d
-from ..model import STEM_STRIDE
+from ..models.input_size import STEM_STRIDE
+from ..models.layer import SGConv2d
+from ..training import build, checkpoint, data
+from ..training.config import Config
+from ..training.images import Images, decode
 
 UNTRAINED_CONVNEXT = "convnext_tiny"
 

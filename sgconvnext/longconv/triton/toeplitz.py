@@ -1,0 +1,105 @@
+"""Long convolution on a GPU's tensor cores: a Toeplitz matrix product whose matrix is never built. O(L^2).
+
+For x in half precision on a CUDA device; taps are rounded to its dtype. Sums are in float32, always in the same order.
+Under autocast x is cast as a convolution's input is, and y has that dtype. Each length and number of channels is
+compiled when it is first seen, which takes seconds.
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ..algorithm import Algorithm
+from ..precision import product_dtype
+from .tiles import conv_tile, dtaps_tile
+
+_INSTALLED = importlib.util.find_spec("triton") is not None  # finding it does not import it
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refusal(x: Tensor) -> str | None:
+    """Why this backend cannot take x here and now, and the cure; None if it can."""
+    if not _INSTALLED:
+        return "backend 'triton' needs the package triton, which is not installed; install it, or use backend='fft'"
+    if x.device.type != "cuda" and not (_INTERPRETED and x.device.type == "cpu"):
+        return f"backend 'triton' runs on a CUDA device and x is on {x.device}; move it, or use backend='fft'"
+    if product_dtype(x) not in (torch.bfloat16, torch.float16):
+        return (
+            f"backend 'triton' multiplies in bfloat16 or float16 and x is {x.dtype}; convert it or use autocast, or "
+            "use backend='fft'"
+        )
+    return None
+
+
+def _prepare(x: Tensor) -> Tensor:
+    """x in half precision, contiguous.
+
+    Raises:
+        ValueError: no triton, x not on a CUDA device, or x in full precision without autocast.
+    """
+    if reason := refusal(x):
+        raise ValueError(reason)
+    # casting and laying out in one pass; nothing happens to what is right already
+    return x.to(product_dtype(x), memory_format=torch.contiguous_format).contiguous()
+
+
+@torch.library.custom_op("sgconvnext::toeplitz_conv", mutates_args=())
+def _conv(x: Tensor, taps: Tensor) -> Tensor:
+    from . import programs as triton_programs
+
+    batch, _, length = x.shape
+    return triton_programs.convolve(x, taps, length - taps.shape[1], conv_tile(batch, length))
+
+
+@torch.library.custom_op("sgconvnext::toeplitz_conv_dx", mutates_args=())
+def _conv_dx(dy: Tensor, taps: Tensor) -> Tensor:
+    """The adjoint in x: the convolution by the taps reversed in time."""
+    from . import programs as triton_programs
+
+    batch, _, length = dy.shape
+    return triton_programs.convolve(dy, taps.flip(-1), 1 - length, conv_tile(batch, length))
+
+
+@torch.library.custom_op("sgconvnext::toeplitz_conv_dtaps", mutates_args=())
+def _conv_dtaps(dy: Tensor, x: Tensor, num_taps: int) -> Tensor:
+    """The adjoint in the taps, in float32."""
+    from . import programs as triton_programs
+
+    batch, _, length = x.shape
+    return triton_programs.correlate(x, dy, length - num_taps, dtaps_tile(batch, length))
+
+
+@_conv.register_fake
+def _(x: Tensor, taps: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_conv_dx.register_fake
+def _(dy: Tensor, taps: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape)
+
+
+@_conv_dtaps.register_fake
+def _(dy: Tensor, x: Tensor, num_taps: int) -> Tensor:
+    return x.new_empty((x.shape[1], num_taps), dtype=torch.float32)
+
+
+def _convolve(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
+    x, taps = x.contiguous(), taps.float()
+    y: Tensor = _conv_dx(x, taps) if adjoint else _conv(x, taps)
+    return y
+
+
+def _correlate(x: Tensor, dy: Tensor, num_taps: int) -> Tensor:
+    dtaps: Tensor = _conv_dtaps(dy.contiguous(), x, num_taps)
+    return dtaps
+
+
+def _gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    dy = dy.contiguous()  # once for both
+    return _convolve(dy, taps, True), _correlate(x, dy, taps.shape[1])
+
+
+ALGORITHM = Algorithm(_convolve, _correlate, _gradients, _prepare)

@@ -1,0 +1,1 @@
+"""The network: kernel, layer, block, and the models that timm knows."""

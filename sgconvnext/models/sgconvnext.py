@@ -1,0 +1,479 @@
+"""SGConvNeXt: ConvNeXt's stem, stages and head around SGConv blocks (arXiv 2210.09298, section 4.3.2)."""
+
+import difflib
+import functools
+import inspect
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    LayerNorm2d,
+    NormMlpClassifierHead,
+    calculate_drop_path_rates,
+    create_conv2d,
+    get_device_dtype,
+    register_notrace_function,
+    trunc_normal_,
+)
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import feature_take_indices  # what every timm model uses; timm exports it nowhere else
+from timm.models._input import update_model_input_size  # likewise
+from torch import Tensor, fx, nn
+
+from ..errors import UnknownArgumentError
+from .block import SGConvNeXtBlock
+from .input_size import MIN_SIZE, STEM_STRIDE, stage_grids
+from .layer import SGConv2d
+from .pretrained import checkpoint_filter_fn
+
+
+@fx.wrap
+@register_notrace_function
+def stem_input(x: Tensor, in_chans: int, min_size: int = MIN_SIZE) -> Tensor:  # TorchScript sees no globals
+    """Images as the stem takes them; refuse what no stage can take.
+
+    A function, and public, because FX traces no branch and sees no private name.
+    """
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"images are {x.shape}; this model takes (B, {in_chans}, H, W)")
+    if min(x.shape[2], x.shape[3]) < min_size:
+        raise ValueError(f"images are {x.shape[2]}x{x.shape[3]} pixels; resize them to at least {min_size}x{min_size}")
+    # oneDNN's output then is in the layout of the norm that follows: for 8 images 1.6 ms instead of 8.4
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if x.device.type == "cpu" else x
+
+
+class SGConvNeXtStage(nn.Module):
+    """Downsampling (LN, then a 2x2 convolution) where size or width changes, then ``depth`` blocks.
+
+    Args:
+        in_chans, channels: width before and inside the stage.
+        depth: number of blocks.
+        grid: H, W that the blocks' kernels are built for.
+        stride: 1 or 2, of the downsampling convolution.
+        dilation: (of the downsampling convolution, of the blocks); not 1 only where stride was traded for dilation.
+        drop_path: one probability per block.
+        device, dtype: of the parameters.
+        block: further options of SGConvNeXtBlock.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        channels: int,
+        *,
+        depth: int,
+        grid: tuple[int, int],
+        stride: int,
+        dilation: tuple[int, int],
+        drop_path: list[float],
+        device: Any = None,
+        dtype: Any = None,
+        **block: Any,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        downsample: nn.Module = nn.Identity()
+        if in_chans != channels or stride > 1 or dilation[0] != dilation[1]:
+            kernel_size = 2 if stride > 1 or dilation[0] != dilation[1] else 1
+            padding = "same" if dilation[1] > 1 else 0
+            conv = create_conv2d(
+                in_chans, channels, kernel_size, stride=stride, dilation=dilation[0], padding=padding, bias=True, **dd
+            )
+            downsample = nn.Sequential(LayerNorm2d(in_chans, **dd), conv)
+        self.downsample = downsample
+        self.blocks = nn.Sequential(
+            *(
+                SGConvNeXtBlock(channels, grid, drop_path=drop_path[i], dilation=dilation[1], **block, **dd)
+                for i in range(depth)
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class SGConvNeXt(nn.Module):
+    """ConvNeXt (arXiv 2201.03545) with every 7x7 depthwise convolution replaced by SGConv2d.
+
+    Images (B, in_chans, H, W), H and W at least 32, to logits (B, num_classes). The kernels are built for ``img_size``
+    and keep their 2-D offsets at any other size.
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: classes of the head; 0 for features.
+        global_pool: timm's pooling name; "" for none.
+        output_stride: 8, 16 or 32; below 32 the last stages trade stride for dilation, with the same parameters.
+        depths, dims: blocks and width of each of the four stages.
+        img_size: H, W (or one int) that the kernels are built for.
+        num_scales: N of every kernel; d = ceil(L / 2^(N-1)) with L the tokens of the stage.
+        bidirectional, decay, alpha, exponent, backend: as in SGConv2d.
+        ls_init_value: initial layer scale; None for none.
+        head_init_scale: factor on the classifier's initial weights.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over the blocks.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an image size below 32, an unknown output stride, or an option SGConv2d refuses.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        depths: tuple[int, ...] = (3, 3, 9, 3),
+        dims: tuple[int, ...] = (96, 192, 384, 768),
+        img_size: int | tuple[int, int] = 224,
+        num_scales: int = 5,
+        bidirectional: bool = True,
+        decay: str = "scale",
+        alpha: float | tuple[float, float] = 0.5,
+        exponent: float = 1.0,
+        backend: str = "auto",
+        ls_init_value: float | None = 1e-6,
+        head_init_scale: float = 1.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if len(depths) != 4 or len(dims) != 4:
+            raise ValueError(f"depths={tuple(depths)} and dims={tuple(dims)} must name four stages each")
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride={output_stride} must be 8, 16 or 32")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.head_init_scale = head_init_scale
+        self.num_features = dims[-1]
+
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, dims[0], kernel_size=STEM_STRIDE, stride=STEM_STRIDE, **dd),
+            LayerNorm2d(dims[0], **dd),
+        )
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        grids = stage_grids(img_size)
+        stages = []
+        feature_info: list[dict[str, Any]] = []
+        reduction, dilation = STEM_STRIDE, 1
+        for i in range(4):
+            stride = 2 if i > 0 else 1
+            if reduction >= output_stride and stride > 1:
+                dilation, stride = dilation * stride, 1
+            reduction *= stride
+            stages.append(
+                SGConvNeXtStage(
+                    dims[max(i - 1, 0)],
+                    dims[i],
+                    depth=depths[i],
+                    grid=grids[i],
+                    stride=stride,
+                    dilation=(1 if dilation <= 2 else 2, dilation),
+                    drop_path=rates[i],
+                    ls_init_value=ls_init_value,
+                    num_scales=num_scales,
+                    bidirectional=bidirectional,
+                    decay=decay,
+                    alpha=alpha,
+                    exponent=exponent,
+                    backend=backend,
+                    **dd,
+                )
+            )
+            feature_info.append({"num_chs": dims[i], "reduction": reduction, "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+        self.feature_info = feature_info
+        self.head = NormMlpClassifierHead(
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=LayerNorm2d, **dd
+        )
+        self.head_hidden_size = self.head.num_features
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initialise every parameter and buffer anew, also after `to_empty` on the meta device."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+                if name == "head.fc":
+                    with torch.no_grad():
+                        module.weight.mul_(self.head_init_scale)
+            elif isinstance(module, nn.LayerNorm | SGConv2d | SGConvNeXtBlock):
+                module.reset_parameters()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """No name: as in ConvNeXt, biases, norms, layer scale and skip are exempt for being one-dimensional."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's patterns for layer-wise learning rates: by stage if coarse, else by block."""
+        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in backward instead of keeping them."""
+        stage: Any
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def train(self, mode: bool = True) -> Any:
+        """As of any module; if a layer is reparameterized, refuse before any is changed."""
+        if mode:
+            for module in self.modules():
+                if isinstance(module, SGConv2d):
+                    module.check_parameters("train")
+        return super().train(mode)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Rebuild every kernel for another image size; see `SGConv2d.set_input_size`."""
+        stage: Any
+        for stage, grid in zip(self.stages, stage_grids(img_size), strict=False):
+            for block in stage.blocks:
+                block.sgconv.set_input_size(grid)
+        update_model_input_size(self, img_size)  # so that what timm saves is built for this size again
+
+    @torch.jit.ignore
+    def kernel_table(self, img_size: int | tuple[int, int]) -> list[str]:
+        """Per stage, in words: the tokens of an image of that size, and what its kernels were built with."""
+        rows, stage = [], None  # type: list[str], Any
+        for stage, (height, width) in zip(self.stages, stage_grids(img_size), strict=False):
+            layer = stage.blocks[0].sgconv
+            layer.check_parameters("tell what its kernels were built with")
+            built = "x".join(map(str, layer.input_size))
+            directions, scales, _, taps = layer.weight.shape
+            rows.append(
+                f"{height * width} tokens ({height}x{width}); kernels for {built} in {directions} directions, "
+                f"{scales} scales of {taps} taps"
+            )
+        return rows
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """Replace the classifier, and the pooling if named; reset_other also removes the norm before it."""
+        self.num_classes = num_classes
+        self.head.reset(
+            num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **get_device_dtype(self)
+        )
+        self.head_hidden_size = self.head.num_features
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Stage outputs (B, C_i, H_i, W_i).
+
+        Args:
+            x: images.
+            indices: the last n stages if an int, those listed, or all if None.
+            norm: accepted for timm's interface; ConvNeXt's norm comes after pooling, so stages have none of their own.
+            stop_early: do not run the stages after the last one asked for.
+            output_fmt: only "NCHW".
+            intermediates_only: return the list alone, else (final features, list).
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r} is unknown; stage outputs are 'NCHW'")
+        take, last = feature_take_indices(len(self.stages), indices)
+        x = self.stem(stem_input(x, self.in_chans))
+        intermediates = []
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last index, and then the head, which fits the last stage only."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        pruned = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if pruned:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or pruned:
+            self.reset_classifier(0, "", reset_other=True)
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to the last stage's map (B, C, H/32, W/32)."""
+        return self.stages(self.stem(stem_input(x, self.in_chans)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Feature map to logits, or to what the classifier sees."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    "atto": {"depths": (2, 2, 6, 2), "dims": (40, 80, 160, 320)},
+    "femto": {"depths": (2, 2, 6, 2), "dims": (48, 96, 192, 384)},
+    "pico": {"depths": (2, 2, 6, 2), "dims": (64, 128, 256, 512)},
+    "nano": {"depths": (2, 2, 8, 2), "dims": (80, 160, 320, 640)},
+    "tiny": {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)},
+    "small": {"depths": (3, 3, 27, 3), "dims": (96, 192, 384, 768)},
+    "base": {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024)},
+    "large": {"depths": (3, 3, 27, 3), "dims": (192, 384, 768, 1536)},
+}
+
+# No test_input_size: evaluation is at 224 unless asked otherwise. The url stays empty until weights exist.
+default_cfgs = generate_default_cfgs(
+    {
+        f"sgconvnext_{size}": {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "min_input_size": (3, 32, 32),
+            "pool_size": (7, 7),
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "stem.0",
+            "classifier": "head.fc",
+            "license": "apache-2.0",
+        }
+        for size in SIZES
+    }
+)
+
+
+# Arguments of timm's ConvNeXt, and of others, that there is nothing to apply to
+WITHOUT_MEANING = {
+    "kernel_sizes": "every kernel is as long as its map; num_scales and img_size say how many parameters it has",
+    "patch_size": "the stem always has 4x4 patches; dims and depths are what can be changed",
+    "stem_type": "the stem is always ConvNeXt's patches of 4x4",
+    "conv_mlp": "the MLP is always of linear layers, which compute the same as 1x1 convolutions",
+    "conv_bias": "SGConv has a skip in place of a bias; the stem and the downsampling always have theirs",
+    "use_grn": "the MLP is ConvNeXt's, not ConvNeXt-V2's: it has no response norm",
+    "act_layer": "the activation is always GELU",
+    "norm_layer": "the norm is always LayerNorm",
+    "norm_eps": "LayerNorm's eps is always timm's 1e-6",
+    "head_norm_first": "the head always pools first, then norms",
+    "head_hidden_size": "the head is always one linear layer",
+    "drop_block_rate": "there is no DropBlock; use drop_path_rate or drop_rate",
+    "bn_momentum": "there is no batch norm",
+    "bn_eps": "there is no batch norm",
+    "dynamic_img_size": "the model always takes any image size from 32x32 up",
+    "strict_img_size": "the model always takes any image size from 32x32 up",
+}
+# Of timm's builder, and of the wrapper that features_only=True asks for
+OWN = {"model_cls", "variant", "kwargs", "feature_cfg", "pretrained_filter_fn"}  # which are given here
+BUILDER = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "feature_cls", "out_indices"} - OWN
+
+
+def _refuse_unknown(name: str, kwargs: dict[str, Any]) -> None:
+    """One sentence for an argument that the model does not have."""
+    known = [*inspect.signature(SGConvNeXt).parameters, *sorted(BUILDER)]
+    for key, value in kwargs.items():
+        if key in WITHOUT_MEANING:
+            raise UnknownArgumentError(f"{name} has no {key} ({key}={value!r}): {WITHOUT_MEANING[key]}; leave it out")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known[: known.index('device')])}"
+            raise UnknownArgumentError(f"{name} has no argument {key!r} ({key}={value!r}); {hint}")
+    if "out_indices" in kwargs and not kwargs.get("features_only"):
+        raise ValueError(f"{name}: out_indices={kwargs['out_indices']!r} is of features_only=True; add it")
+
+
+def _build(size: str, pretrained: bool, **kwargs: Any) -> SGConvNeXt:
+    name = f"sgconvnext_{size}"
+    _refuse_unknown(name, kwargs)
+    source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if pretrained and not source.has_weights and not source.state_dict:
+        raise ValueError(
+            f"{name}: no pretrained weights exist yet; use pretrained=False, or name your own file with "
+            "pretrained_cfg_overlay={'file': 'PATH', 'num_classes': N}"
+        )
+    model: SGConvNeXt = build_model_with_cfg(
+        SGConvNeXt,
+        name,
+        pretrained,
+        pretrained_filter_fn=functools.partial(checkpoint_filter_fn, strict=kwargs.get("pretrained_strict", True)),
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **(SIZES[size] | kwargs),
+    )
+    return model
+
+
+@register_model
+def sgconvnext_atto(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt with the depths and widths of timm's convnext_atto."""
+    return _build("atto", pretrained, **kwargs)
+
+
+@register_model
+def sgconvnext_femto(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt with the depths and widths of timm's convnext_femto."""
+    return _build("femto", pretrained, **kwargs)
+
+
+@register_model
+def sgconvnext_pico(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt with the depths and widths of timm's convnext_pico."""
+    return _build("pico", pretrained, **kwargs)
+
+
+@register_model
+def sgconvnext_nano(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt with the depths and widths of timm's convnext_nano."""
+    return _build("nano", pretrained, **kwargs)
+
+
+@register_model
+def sgconvnext_tiny(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt-T: ConvNeXt-T's depths and widths."""
+    return _build("tiny", pretrained, **kwargs)
+
+
+@register_model
+def sgconvnext_small(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt-S: ConvNeXt-S's depths and widths."""
+    return _build("small", pretrained, **kwargs)
+
+
+@register_model
+def sgconvnext_base(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt-B: ConvNeXt-B's depths and widths."""
+    return _build("base", pretrained, **kwargs)
+
+
+@register_model
+def sgconvnext_large(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+    """SGConvNeXt-L: ConvNeXt-L's depths and widths."""
+    return _build("large", pretrained, **kwargs)

@@ -1,0 +1,1 @@
+"""ConvNeXt's training: what train.py and validate.py are made of."""

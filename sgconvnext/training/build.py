@@ -1,0 +1,188 @@
+"""From a configuration to the network and the loss: the network is only a name given to timm."""
+
+import ast
+import difflib
+import functools
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.layers import to_2tuple
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+from .. import fit
+from ..errors import one_line
+from ..files import expand
+from . import checkpoint
+from .config import Augment, Config, from_dict
+from .recorded import recorded
+
+_logger = logging.getLogger(__name__)
+
+LOCAL = "local-dir:"  # timm's word before the path of a folder
+
+
+def create_model(config: Config, classes: int, start: bool = True) -> nn.Module:
+    """timm's model of that name, on the CPU.
+
+    Args:
+        config: of the run.
+        classes: outputs of the classifier.
+        start: load the weights that a new run starts from (model.checkpoint or model.pretrained), if it names any.
+
+    Raises:
+        ValueError: an unknown name, an argument that the model refuses, or weights that do not fit.
+    """
+    arguments = _arguments(config, classes, start)
+    if start and config.model.checkpoint:
+        model = _started(config, arguments)
+    else:
+        model = from_timm(config.model.name, arguments, "model.name=")
+    if config.model.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if config.model.channels_last:
+        model.to(memory_format=torch.channels_last)
+    built: nn.Module = model
+    return built
+
+
+def _started(config: Config, arguments: dict[str, Any]) -> Any:
+    """The model with the weights of model.checkpoint, resized where they were trained for another image size."""
+    knobs, path, wanted = config.model, config.model.checkpoint, arguments.get("img_size")
+    state = checkpoint.load(path)
+    before = recorded(state)
+    built = before.img_size if before and wanted else None
+    model: Any = from_timm(knobs.name, arguments | ({"img_size": built} if built else {}), "model.name=")
+    if before:
+        before.refuse_another(model, knobs.name, knobs.kwargs, path, knobs.new_head)
+    skip = fit.classifiers(model) if knobs.new_head else ()
+    checkpoint.load_weights(model, checkpoint.weights(state, knobs.checkpoint_ema, path), path, skip)
+    if built and wanted and to_2tuple(built) != to_2tuple(wanted):
+        model.set_input_size(img_size=wanted)
+        _logger.info(
+            "checkpoint %r was trained for %s px: its weights are resized for %s px (the model's set_input_size); "
+            "model.img_size=%s keeps them as they are",
+            *(path, _px(built), _px(wanted), _px(built)),
+        )
+    return model
+
+
+def _px(size: int | Sequence[int]) -> str:
+    """As a knob takes it."""
+    height, width = to_2tuple(size)
+    return f"{height}" if height == width else f"[{height},{width}]"
+
+
+def from_timm(name: str, arguments: dict[str, Any], place: str = "model ") -> nn.Module:
+    """timm's model of that name, or a ValueError of one line that begins with the place."""
+    if name.startswith(LOCAL):
+        name = LOCAL + expand(name.removeprefix(LOCAL))
+    if ":" not in name and not timm.is_model(name):  # hf-hub: and local-dir: names are for timm to resolve
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        raise ValueError(f"{place}{name!r} is no timm model" + (f"; did you mean {close[0]!r}?" if close else ""))
+    try:
+        model: nn.Module = timm.create_model(name, **arguments)
+    except (ArithmeticError, AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{place}{name!r} cannot be built: {one_line(error)}") from error
+    return model
+
+
+def from_spec(spec: str, img_size: tuple[int, int] | None = None) -> nn.Module:
+    """A model by name, with arguments of its own after commas: ``sgconvnext_tiny,backend=fft,dims=[8,16,24,32]``.
+
+    Args:
+        spec: timm's name, then key=value pairs; values are Python's literals, or else words.
+        img_size: height and width to build it for, where it is built for a size; None for its own.
+
+    Raises:
+        ValueError: an unknown model, or an argument that it refuses.
+    """
+    name, *pairs = re.split(r",(?![^\[(]*[\])])", spec)  # not at commas in brackets
+    arguments: dict[str, Any] = {"img_size": img_size} if img_size and has_input_size(name) else {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not key or not separator:
+            raise ValueError(f"model {spec!r}: {pair!r} cannot be read; write key=value,key=value")
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = value
+        if arguments[key] is None:
+            raise ValueError(f"model {spec!r}: timm passes no None on to a model; leave {key} out")
+    return from_timm(name, arguments)
+
+
+def _arguments(config: Config, classes: int, start: bool) -> dict[str, Any]:
+    model = config.model
+    arguments: dict[str, Any] = {
+        "pretrained": start and model.pretrained,
+        "num_classes": classes,
+        "drop_rate": model.drop,  # timm passes None on to no model
+        "drop_path_rate": model.drop_path,
+    }
+    clash = sorted({*arguments, "img_size"} & set(model.kwargs))
+    if clash:
+        raise ValueError(f"model.kwargs sets {', '.join(clash)}, which has a knob of its own")
+    if nulls := [key for key, value in model.kwargs.items() if value is None]:
+        raise ValueError(f"model.kwargs has {nulls[0]}=null, which timm passes on to no model; leave it out")
+    if has_input_size(model.name):
+        arguments["img_size"] = model.img_size or config.data.img_size
+    return arguments | model.kwargs
+
+
+@functools.cache
+def has_input_size(name: str) -> bool:
+    """Models built for an image size have timm's set_input_size; looked up on the meta device, without memory."""
+    with torch.device("meta"):
+        return timm.is_model(name) and hasattr(from_timm(name, {}), "set_input_size")
+
+
+def run_config(state: dict[str, Any], path: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of the run that wrote a checkpoint, with dotted overrides."""
+    cure = "it was not written by train.py of SGConvNeXt; start a run of that from it with model.checkpoint"
+    if missing := {"args", "epoch"} - set(state):
+        raise ValueError(f"checkpoint {path!r} lacks {', '.join(sorted(missing))}; {cure}")
+    if not isinstance(state["args"], dict):
+        raise ValueError(f"checkpoint {path!r} has args of another program ({type(state['args']).__name__}); {cure}")
+    return from_dict(state["args"], path, overrides)
+
+
+def trained_model(state: dict[str, Any], ema: bool, path: str, overrides: Sequence[str] = ()) -> tuple[Any, Config]:
+    """The model of a checkpoint with its weights, and the configuration of the run that wrote it.
+
+    Args:
+        state: of `checkpoint.load`.
+        ema: the average of the weights instead of the last ones.
+        path: of the checkpoint, for messages.
+        overrides: knobs of the run to change, "section.key=value".
+    """
+    config = run_config(state, path, overrides)
+    if config.model.num_classes is None:
+        raise ValueError(f"checkpoint {path!r} has model.num_classes=null; it was not written by train.py")
+    found = checkpoint.weights(state, ema, path)
+    model = create_model(config, config.model.num_classes, start=False)
+    load_trained(model, config, state, found, path)
+    return model, config
+
+
+def load_trained(
+    model: nn.Module, config: Config, state: dict[str, Any], found: dict[str, torch.Tensor], path: str
+) -> None:
+    """Load a run's weights into the model that its configuration, with overrides, makes."""
+    before = recorded(state)
+    if before:
+        before.refuse_another(model, config.model.name, config.model.kwargs, path)
+    checkpoint.load_weights(model, found, path)
+
+
+def create_criterion(augment: Augment) -> nn.Module:
+    """Cross-entropy: of mixup's soft targets (smoothed there), of smoothed labels, or plain."""
+    if augment.mixup > 0 or augment.cutmix > 0:
+        return SoftTargetCrossEntropy()
+    if augment.smoothing > 0:
+        return LabelSmoothingCrossEntropy(augment.smoothing)
+    return nn.CrossEntropyLoss()

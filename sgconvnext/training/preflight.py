@@ -1,0 +1,178 @@
+"""What a run will need and do, looked at before its first update; the impossible is refused here, not after a day."""
+
+import contextlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import one_line
+from . import distributed, rng
+from .checkpoint import COPY, SYMBOLIC, Folder, links
+from .data import Split, class_names
+from .engine import Training, forward_loss
+from .folders import counted
+from .images import Batch, Images
+
+GIB = 2**30
+STAND_INS = ("last.pth", "best.pth")
+
+
+def kernels(model: nn.Module, img_size: int | tuple[int, int]) -> list[str]:
+    """One line per stage of a model with global kernels: tokens at that image size against taps. Others have none."""
+    table = getattr(model, "kernel_table", None)
+    return [] if table is None else [f"stage {i + 1}: {row}" for i, row in enumerate(table(img_size))]
+
+
+def class_counts(dataset: Any, class_to_idx: dict[str, int] | None = None) -> str:
+    """How many images the classes have, by name, for datasets that can tell without opening them."""
+    targets = dataset.targets() if isinstance(dataset, Images) else None
+    if targets is None:
+        return "images per class unknown"
+    names = class_names(class_to_idx or {})
+    counts = Counter({number: 0 for number, name in enumerate(names) if name})
+    counts.update(targets)
+    fewest, most = (
+        f"{counts[number]} ({names[number] if number < len(names) else f'class {number}'})"
+        for number in (min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__))
+    )
+    return f"{fewest} to {most} images per class"
+
+
+def unread(**splits: Split) -> list[str]:
+    """One line for every split, by its name in the configuration, that holds files which are not read."""
+    return [
+        f"not read in data.{name}_split, for they are no images by their names: {counted(split.unread)}"
+        for name, split in splits.items()
+        if split.unread
+    ]
+
+
+def checkpoint_bytes(t: Training) -> int:
+    """Weights, their average, and AdamW's two averages of the gradient."""
+    weights = sum(value.numel() * value.element_size() for value in t.model.state_dict().values())
+    parameters = sum(p.numel() * p.element_size() for p in t.model.parameters() if p.requires_grad)
+    return weights * (2 if t.ema is not None else 1) + 2 * parameters
+
+
+def disk(out: Path, size: int, keep: int) -> str:
+    """Free space against the checkpoints that a run keeps at a time, and what the disk has in place of links.
+
+    They are the newest, the best, and one being written; where last.pth and best.pth are copies, these and one more.
+
+    Raises:
+        ValueError: it does not suffice for them, or files cannot be replaced on it.
+    """
+    folder = next(path for path in [out.absolute(), *out.absolute().parents] if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"out={str(out)!r} cannot be written: {folder} is no writable folder; name another")
+    free = shutil.disk_usage(folder).free
+    try:
+        kind = links(folder)
+    except OSError as error:
+        raise ValueError(f"out={str(out)!r} cannot hold checkpoints ({one_line(error)}); name another disk") from error
+    written, copies = (2, 3) if kind == COPY else (1, 0)
+    most, there = keep + 2 + copies, len(Folder(out).files())
+    there += sum((out / name).is_file() and not (out / name).is_symlink() for name in STAND_INS) if copies else 0
+    missing = max(written, most - there)
+    if free < missing * size:
+        raise ValueError(
+            f"out={str(out)!r} has {_shown(free)} free, but {missing} more checkpoints of {_shown(size)} need to fit; "
+            "make room, lower save.keep, or name another disk"
+        )
+    told = "" if kind == SYMBOLIC else f"; it has no symbolic links, so {' and '.join(STAND_INS)} are {kind}"
+    return f"{_shown(size)} a checkpoint, {most} at most at a time; {_shown(free)} free in {out}{told}"
+
+
+def _shown(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+
+
+def rehearse(t: Training, shape: tuple[int, int, int]) -> str:
+    """Forward and backward of noise, after which model and random numbers are as before; the memory they take.
+
+    On CUDA once, with the whole batch of a device, and measured. On the CPU with two and four images, to be quick:
+    what backward keeps for them is drawn out to the batch; weights, gradients, AdamW's averages and the EMA are added.
+
+    Args:
+        t: the run's model, loss and optimiser.
+        shape: (channels, height, width) of an image.
+
+    Raises:
+        ValueError: out of memory, more than the machine has, or the model refuses the images.
+    """
+    device, whole = t.world.device, t.config.optim.batch_per_device
+    parameters = sum(p.numel() * p.element_size() for p in t.model.parameters())
+    if device.type == "cuda":
+        _forward_backward(t, whole, shape)
+        total = torch.cuda.mem_get_info(device)[1]
+        need = torch.cuda.max_memory_allocated(device) + 2 * parameters  # AdamW's averages come with its first step
+    else:
+        total = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // distributed.local("LOCAL_WORLD_SIZE", alone=1)
+        )
+        sizes = [2, 4] if whole > 4 else [whole, whole]  # mixup needs pairs
+        first, second = (_forward_backward(t, size, shape) for size in sizes)
+        kept = first + (second - first) * (whole - sizes[0]) // 2
+        need = parameters * (4 if t.ema is None else 5) + kept
+    if need > total:
+        raise ValueError(too_much(t, f"the {total / GIB:.1f} GiB of a {device.type} process: about {need / GIB:.1f}"))
+    return f"about {need / GIB:.2f} GiB of the {total / GIB:.1f} GiB of a {device.type} process, loader workers apart"
+
+
+def _forward_backward(t: Training, size: int, shape: tuple[int, int, int]) -> int:
+    """Once, with so many images; the bytes that backward kept besides the parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in t.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with _untouched(t):
+        zeros = torch.zeros(size, dtype=torch.int64)
+        batch = Batch(torch.randn(size, *shape), zeros, zeros, zeros, [""] * size)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = forward_loss(t, t.model.forward, batch)  # not compiled: the first update will be
+            loss.backward()
+        except torch.OutOfMemoryError as error:
+            name = torch.cuda.get_device_name(t.world.device)
+            raise ValueError(too_much(t, f"{name}'s memory")) from error
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ValueError(
+                f"model.name={t.config.model.name!r} cannot train at data.img_size={t.config.data.img_size} with "
+                f"optim.batch_per_device={t.config.optim.batch_per_device}: {one_line(error)}"
+            ) from error
+    return sum(kept.values())
+
+
+def too_much(t: Training, memory: str) -> str:
+    """That the batch does not fit, and the cure."""
+    return (
+        f"optim.batch_per_device={t.config.optim.batch_per_device} does not fit into {memory}; lower it (accumulation "
+        "makes up for it), or set model.grad_checkpointing=true"
+    )
+
+
+@contextlib.contextmanager
+def _untouched(t: Training) -> Iterator[None]:
+    """Put random numbers, mode, gradients and buffers (running means of other models) back as they were."""
+    drawn, training = rng.state(t.world.device), t.model.training
+    buffers = {name: buffer.clone() for name, buffer in t.model.named_buffers()}
+    t.model.train()
+    try:
+        yield
+    finally:
+        rng.restore(drawn, t.world.device)
+        t.model.train(training)
+        t.optimizer.zero_grad(set_to_none=True)
+        for name, buffer in t.model.named_buffers():
+            buffer.copy_(buffers[name])

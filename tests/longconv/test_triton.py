@@ -1,0 +1,560 @@
+"""The "triton" backend against the float64 definition: on a GPU if there is one, else in Triton's interpreter."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    Case,
+    case,
+    channels_last,
+    contiguous,
+    laid_out,
+    mixers,
+    refused,
+    relative_error,
+    run,
+    saved_bytes,
+    sliced,
+    small_model,
+)
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sgconvnext import SGConv2d
+from sgconvnext.longconv import BACKENDS, available_backends, choose_backend, long_conv
+from sgconvnext.longconv.triton import tiles
+from sgconvnext.longconv.triton.tiles import CONV_TILES, DTAPS_TILES, Tile
+from sgconvnext.profile import ops
+from sgconvnext.profile.flops import CONVOLUTION, count
+
+pytest.importorskip("triton")
+from sgconvnext.longconv.triton import programs as triton_programs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALVES = [torch.bfloat16, torch.float16]
+
+each_side = pytest.mark.parametrize("causal", [False, True], ids=["two-sided", "causal"])
+each_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Memory that nothing is written to is NaN, and an operator that adds in no fixed order is an error."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.ones(2).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def here(length: int, causal: bool, dtype: torch.dtype, size: tuple[int, int] | None = None) -> Case:
+    inputs = case(length, causal, dtype, size)
+    return Case(*(tensor.to(DEVICE) for tensor in inputs[:3]), {k: v.to(DEVICE) for k, v in inputs.truth.items()})
+
+
+# The result
+
+
+def check(inputs: Case) -> None:
+    """Taps and results are rounded to half precision, but the gradient of the taps is not."""
+    bound = {torch.bfloat16: 5e-3, torch.float16: 1e-3}[inputs.x.dtype]
+    for name, got in run(*inputs[:3], "triton").items():
+        error = relative_error(got, inputs.truth[name])
+        assert error <= (2e-6 if name == "dtaps" else bound), f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("length", "size"),
+    [
+        (1, (1, 2)),
+        (2, (3, 2)),
+        (16, (2, 2)),
+        (16, (130, 1)),
+        (49, (4, 2)),
+        (50, (5, 3)),
+        (97, (7, 2)),
+        (196, (33, 2)),
+        (196, (65, 1)),
+        (784, (3, 1)),
+    ],
+    ids=str,
+)
+@each_half
+@each_side
+def test_backend_matches_definition(length: int, size: tuple[int, int], causal: bool, dtype: torch.dtype) -> None:
+    check(here(length, causal, dtype, size))
+
+
+@pytest.mark.parametrize(("dtype", "causal"), [(torch.bfloat16, False), (torch.float16, True)], ids=str)
+def test_backend_matches_definition_at_the_length_of_the_first_stage(dtype: torch.dtype, causal: bool) -> None:
+    check(here(3136, causal, dtype, (2, 1)))
+
+
+@each_side
+@each_half
+def test_only_roundings_to_half_precision_separate_it_from_the_definition(dtype: torch.dtype, causal: bool) -> None:
+    """With taps that half precision holds, all that is left is the rounding of y and dx, by half a unit each.
+
+    The interpreter cuts bfloat16 off, by up to a unit.
+    """
+    x, taps, dy, _ = here(196, causal, dtype)
+    taps = taps.to(dtype).float()
+    got = run(x, taps, dy, "triton")
+    exact = run(x.double(), taps.double(), dy.double(), "reference")
+    unit = torch.finfo(dtype).eps if (DEVICE, dtype) == ("cpu", torch.bfloat16) else torch.finfo(dtype).eps / 2
+    for name in ("y", "dx"):
+        error = (got[name].double() - exact[name]).abs()
+        assert (error <= unit * exact[name].abs() + 1e-5).all(), name
+        assert error.max() > 0
+    assert relative_error(got["dtaps"], exact["dtaps"]) <= 1e-6
+
+
+def exactly(tile: Tile, length: int, causal: bool, batch: int, gradient: bool) -> float:
+    """The error of one of the programs with a tile, in float32, which the interpreter multiplies exactly."""
+    dtype = torch.float32 if DEVICE == "cpu" else torch.float16  # a GPU would multiply float32 in tf32
+    x, taps, dy, truth = here(length, causal, dtype, (batch, 2))
+    first_lag = length - taps.shape[1]
+    if gradient:
+        return relative_error(triton_programs.correlate(x, dy, first_lag, tile), truth["dtaps"])
+    y = triton_programs.convolve(x, taps, first_lag, tile)
+    dx = triton_programs.convolve(dy, taps.flip(-1), 1 - length, tile)
+    return max(relative_error(y, truth["y"]), relative_error(dx, truth["dx"]))
+
+
+@pytest.mark.parametrize("length", [1, 100, 257, 300])
+@each_side
+@pytest.mark.parametrize("tile", sorted({tile for *_, tile in CONV_TILES}), ids=lambda tile: "x".join(map(str, tile)))
+def test_every_tile_convolves(tile: Tile, causal: bool, length: int) -> None:
+    assert exactly(tile, length, causal, tile.rows + 1, gradient=False) <= (1e-6 if DEVICE == "cpu" else 1e-3)
+
+
+@pytest.mark.parametrize("length", [1, 100, 257, 300])
+@each_side
+@pytest.mark.parametrize(
+    "tile",
+    [*sorted({tile for *_, tile in DTAPS_TILES}), Tile(16, 64, 16, 4, 2), Tile(128, 256, 64, 8, 3)],
+    ids=lambda tile: "x".join(map(str, tile)),
+)
+def test_every_tile_correlates(tile: Tile, causal: bool, length: int) -> None:
+    assert exactly(tile, length, causal, tile.depth + 1, gradient=True) <= 1e-6
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Launches fail if they read or write outside their tensors, or write a place twice; the list of accesses."""
+    if DEVICE == "cuda":
+        pytest.skip("compute-sanitizer sees it on a GPU")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    accesses: list[tuple[str, int]] = []
+    spans: list[tuple[int, int]] = []
+    written: list[Any] = []
+
+    def watch(name: str) -> None:
+        access = getattr(InterpreterBuilder, name)
+
+        def watched(self: Any, pointers: Any, *rest: Any) -> Any:
+            mask = rest[0] if name == "create_masked_load" else rest[1]
+            addresses = pointers.data[mask.data.astype(bool)]
+            inside = sum(((addresses >= begin) & (addresses < end)).sum() for begin, end in spans)
+            assert inside == addresses.size, f"{name} outside of every tensor"
+            accesses.append((name, addresses.size))
+            if name == "create_masked_store":
+                written.extend(addresses.tolist())
+            return access(self, pointers, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, name, watched)
+
+    def launch(program: Any, count: int, tensors: tuple[Tensor, ...], *rest: Any) -> None:
+        spans[:] = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors]
+        written.clear()
+        real_launch(program, count, tensors, *rest)
+        assert len(written) == len(set(written)), "a place is written twice"
+
+    real_launch = triton_programs._launch
+    watch("create_masked_load")
+    watch("create_masked_store")
+    monkeypatch.setattr(triton_programs, "_launch", launch)
+    return accesses
+
+
+@pytest.mark.parametrize("length", [1, 65, 300])
+@each_side
+def test_programs_stay_inside_their_tensors_and_write_each_place_once(
+    length: int, causal: bool, memory: list[tuple[str, int]]
+) -> None:
+    x, taps, dy, _ = here(length, causal, torch.float32, (33, 2))
+    for tile in {tile for *_, tile in CONV_TILES}:
+        triton_programs.convolve(x, taps, length - taps.shape[1], tile)
+        triton_programs.convolve(dy, taps.flip(-1), 1 - length, tile)
+    writes = sum(size for name, size in memory if name == "create_masked_store")
+    assert writes == 2 * len({tile for *_, tile in CONV_TILES}) * x.numel()
+    for tile in {tile for *_, tile in DTAPS_TILES}:
+        triton_programs.correlate(x, dy, length - taps.shape[1], tile)
+
+
+def test_check_of_memory_finds_a_row_that_is_too_short(
+    memory: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, taps, _, _ = here(65, False, torch.float32, (33, 2))
+    copies = triton_programs._shifted_copies
+
+    def shorter(*arguments: Any) -> tuple[Tensor, int]:
+        rows, origin = copies(*arguments)
+        return rows[:, :, :-1], origin
+
+    monkeypatch.setattr(triton_programs, "_shifted_copies", shorter)
+    with pytest.raises(Exception, match="outside of every tensor"):
+        triton_programs.convolve(x, taps, -64, CONV_TILES[0][2])
+
+
+def drop_a_program(launch: Callable[..., None]) -> Callable[..., None]:
+    return lambda program, programs, *rest: launch(program, programs - 1, *rest)
+
+
+def one_lag_late(copies: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda taps, *rest: copies(taps.roll(1, -1), *rest)
+
+
+BROKEN: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "a program is missing": ("_launch", drop_a_program),
+    "nothing runs": ("_launch", lambda launch: lambda *_: None),
+    "taps one lag late": ("_shifted_copies", one_lag_late),
+    "zero answers": ("convolve", lambda convolve: lambda x, *_: torch.zeros_like(x)),
+    "dtaps summed in half precision": ("correlate", lambda correlate: lambda *a: correlate(*a).half().float()),
+    "dtaps reversed in time": ("correlate", lambda correlate: lambda *a: correlate(*a).flip(-1)),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+@each_side
+@pytest.mark.parametrize("length", [2, 100])
+def test_check_fails_on_broken_programs(
+    length: int, causal: bool, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, broken = BROKEN[fault]
+    check(here(length, causal, torch.float16))
+    monkeypatch.setattr(triton_programs, name, broken(getattr(triton_programs, name)))
+    with pytest.raises(AssertionError, match="relative error"):
+        check(here(length, causal, torch.float16))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
+def test_interpreter_would_multiply_the_bits_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_programs, "_INTERPRETED", False)
+    with pytest.raises(AssertionError, match="relative error"):
+        check(here(49, False, torch.bfloat16))
+
+
+@pytest.mark.parametrize("layout", [contiguous, sliced, channels_last])
+@each_side
+@each_half
+def test_backend_takes_any_layout(dtype: torch.dtype, causal: bool, layout: Callable[[Tensor], Tensor]) -> None:
+    inputs = here(97, causal, dtype)
+    got = run(*laid_out(inputs, layout)[:3], "triton")
+    for name, want in run(*inputs[:3], "triton").items():
+        assert torch.equal(got[name], want), name
+        assert got[name].is_contiguous(), name
+
+
+@each_side
+def test_backend_takes_an_expanded_gradient(causal: bool) -> None:
+    x, taps, dy, _ = here(49, causal, torch.float16)
+    ones = torch.ones((), dtype=dy.dtype, device=DEVICE).expand_as(dy)
+    want = run(x, taps, ones.contiguous(), "triton")
+    for name, got in run(x, taps, ones, "triton").items():
+        assert torch.equal(got, want[name]), name
+
+
+@each_side
+@each_half
+def test_two_runs_are_bit_identical(dtype: torch.dtype, causal: bool) -> None:
+    inputs = here(196, causal, dtype, (40, 2))
+    first, second = (run(*inputs[:3], "triton") for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("only", ["x", "taps"])
+def test_gradient_of_one_input_alone_launches_one_program(only: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, taps, dy, _ = here(49, False, torch.float16)
+    want = run(x, taps, dy, "triton")[f"d{only}"]
+    launched, launch = [], triton_programs._launch
+    monkeypatch.setattr(triton_programs, "_launch", lambda *a: (launched.append(a[0]), launch(*a)))
+    inputs = {"x": x.clone(), "taps": taps.clone()}
+    inputs[only].requires_grad_()
+    (got,) = torch.autograd.grad(long_conv(**inputs, backend="triton"), inputs[only], dy)
+    assert torch.equal(got, want)
+    backward = triton_programs._convolve if only == "x" else triton_programs._correlate
+    assert launched == [triton_programs._convolve, backward]
+
+
+@each_side
+@pytest.mark.parametrize("size", [(0, 2), (3, 0)], ids=str)
+def test_empty_batch_and_no_channels(size: tuple[int, int], causal: bool) -> None:
+    got = run(*here(9, causal, torch.bfloat16, size)[:3], "triton")
+    assert got["y"].shape == got["dx"].shape == (*size, 9)
+    assert torch.equal(got["dtaps"], torch.zeros(size[1], 9 if causal else 17, device=DEVICE))
+
+
+@pytest.mark.parametrize("taps_dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_gradient_of_the_taps_has_their_dtype(taps_dtype: torch.dtype) -> None:
+    x, taps, dy, truth = here(49, False, torch.bfloat16)
+    got = run(x, taps.to(taps_dtype), dy, "triton")
+    assert (got["y"].dtype, got["dx"].dtype, got["dtaps"].dtype) == (x.dtype, x.dtype, taps_dtype)
+    assert relative_error(got["dtaps"], truth["dtaps"]) <= 5e-3
+
+
+# The operators
+
+
+OPERATORS = {
+    "conv": lambda x, taps: (torch.ops.sgconvnext.toeplitz_conv, (x, taps)),
+    "dx": lambda x, taps: (torch.ops.sgconvnext.toeplitz_conv_dx, (x, taps)),
+    "dtaps": lambda x, taps: (
+        torch.ops.sgconvnext.toeplitz_conv_dtaps,
+        (x, x + 1, taps.shape[1]),
+    ),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@each_side
+@pytest.mark.parametrize("length", [1, 20])
+def test_operators_pass_torchs_own_checks(length: int, causal: bool, operator: str) -> None:
+    x, taps, _, _ = here(length, causal, torch.bfloat16)
+    function, arguments = OPERATORS[operator](x, taps)
+    torch.library.opcheck(function.default, arguments)
+
+
+@each_side
+def test_compiles_without_a_graph_break(causal: bool) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x, taps: 2 * long_conv(x, taps, "triton"), fullgraph=True, backend="aot_eager")
+    for length, batch in ((49, 3), (64, 2)):
+        x, taps, dy, _ = here(length, causal, torch.bfloat16, (batch, 2))
+        inputs = [x.clone().requires_grad_(), taps.clone().requires_grad_()]
+        y = compiled(*inputs)
+        dx, dtaps = torch.autograd.grad(y, inputs, dy)
+        want = run(x, taps, dy, "triton")
+        assert torch.equal(y, 2 * want["y"])
+        assert torch.equal(dx, 2 * want["dx"])
+        assert torch.equal(dtaps, 2 * want["dtaps"])
+
+
+def test_layer_compiles_without_a_graph_break_under_autocast() -> None:
+    torch.compiler.reset()
+    layer = SGConv2d(3, (4, 6), backend="triton", device=DEVICE)
+    x = torch.randn(2, 3, 4, 6, device=DEVICE)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert torch.equal(compiled(x), layer(x))
+
+
+@each_half
+@each_side
+def test_second_derivatives_are_close_to_the_definitions(causal: bool, dtype: torch.dtype) -> None:
+    def product(x: Tensor, taps: Tensor, backend: str) -> list[Tensor]:
+        x, taps = x.clone().requires_grad_(), taps.clone().requires_grad_()
+        y = long_conv(x, taps / 20, backend)
+        first = torch.autograd.grad(y.double().pow(3).sum(), [x, taps], create_graph=True)
+        return list(torch.autograd.grad(sum(t.double().square().sum() for t in first), [x, taps]))
+
+    x, taps, _, _ = here(20, causal, dtype)
+    want = product(x.double(), taps.double(), "reference")
+    for got, exact in zip(product(x, taps, "triton"), want, strict=True):
+        assert exact.norm() > 0
+        assert relative_error(got, exact) <= 3e-2
+
+
+def test_transforms_of_torch_func_are_close_to_the_definitions() -> None:
+    x, taps, _, _ = here(20, False, torch.float16)
+
+    def mapped(x: Tensor, taps: Tensor, backend: str) -> tuple[Tensor, ...]:
+        def loss(x: Tensor, taps: Tensor) -> Tensor:
+            return long_conv(x, taps, backend).double().square().sum()
+
+        per_sample = torch.vmap(torch.func.grad(loss, (0, 1)), (0, None))(x[:, None], taps)
+        return (*per_sample, torch.func.jvp(loss, (x, taps), (x, taps))[1])
+
+    want = mapped(x.double(), taps.double(), "reference")
+    for got, exact in zip(mapped(x, taps, "triton"), want, strict=True):
+        assert relative_error(got, exact) <= 1e-2
+
+
+@each_side
+def test_autograd_saves_x_and_taps_only(causal: bool) -> None:
+    x, taps, _, _ = here(196, causal, torch.bfloat16)
+    assert saved_bytes(x, taps, BACKENDS["triton"]) == x.nbytes + taps.nbytes
+
+
+# Dtypes, autocast, devices
+
+
+@each_side
+@each_half
+def test_autocast_casts_x_and_leaves_taps_in_float32(dtype: torch.dtype, causal: bool) -> None:
+    x, taps, dy, _ = here(49, causal, torch.float32)
+    want = run(x.to(dtype), taps, dy.to(dtype), "triton")
+    with torch.autocast(DEVICE, dtype=dtype):
+        y = long_conv(x.requires_grad_(), taps.requires_grad_(), "triton")
+    dx, dtaps = torch.autograd.grad(y, [x, taps], dy.to(dtype))
+    assert torch.equal(y, want["y"])
+    assert torch.equal(dx, want["dx"].float())
+    assert torch.equal(dtaps, want["dtaps"])
+    assert (y.dtype, dx.dtype, dtaps.dtype) == (dtype, torch.float32, torch.float32)
+
+
+def test_layer_trains_under_autocast() -> None:
+    layer, x = SGConv2d(3, (4, 6), device=DEVICE), torch.randn(5, 3, 5, 5, device=DEVICE)
+    gradients = []
+    for backend in ("reference", "triton"):
+        layer.backend, layer.weight.grad = backend, None
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            layer(x).float().square().sum().backward()
+        gradients.append(layer.weight.grad)
+    assert relative_error(gradients[1], gradients[0]) <= 1e-2
+    assert relative_error(gradients[1], gradients[0]) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_full_precision_is_refused(dtype: torch.dtype) -> None:
+    x, taps, _, _ = here(7, False, dtype)
+    with refused("'triton'", str(dtype), "bfloat16", "autocast", "backend='fft'"):
+        long_conv(x, taps, "triton")
+
+
+def test_float64_is_refused_even_under_autocast_which_leaves_it_alone() -> None:
+    x, taps, _, _ = here(7, False, torch.float64)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), refused("torch.float64"):
+        long_conv(x, taps, "triton")
+
+
+def test_another_device_is_refused() -> None:
+    x = torch.zeros(1, 2, 7, dtype=torch.bfloat16, device="meta")
+    with refused("'triton'", "CUDA", "meta", "backend='fft'"):
+        long_conv(x, torch.zeros(2, 13, device="meta"), "triton")
+
+
+IN_A_NEW_PROCESS = """
+import os, sys
+if {hidden}:
+    sys.modules["triton"] = None  # as if it were not installed
+os.environ.pop("TRITON_INTERPRET", None)
+import torch
+from sgconvnext.longconv import available_backends, long_conv
+x, taps = torch.ones(1, 2, 7, dtype=torch.bfloat16), torch.ones(2, 13)
+assert long_conv(x, taps).tolist() == [[[7.0] * 7] * 2]
+assert available_backends(x) == ["fft", "toeplitz", "dft", "reference"]
+try:
+    long_conv(x, taps, "triton")
+except ValueError as error:
+    print(error)
+assert "sgconvnext.longconv.triton.programs" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    ("hidden", "words"), [(True, ["package triton", "not installed"]), (False, ["CUDA device", "x is on cpu"])]
+)
+def test_absence_of_triton_or_of_a_gpu_is_told_in_one_line(hidden: bool, words: list[str]) -> None:
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS.format(hidden=hidden)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    [line] = process.stdout.splitlines()
+    assert all(word in line for word in [*words, "'triton'", "backend='fft'"]), line
+
+
+def test_gpu_with_too_little_shared_memory_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TooLarge:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            return self.launch
+
+        def launch(self, *_: Any, **__: Any) -> None:
+            raise triton_programs.OutOfResources(147456, 101376, "shared memory")
+
+    monkeypatch.setattr(triton_programs, "_convolve", TooLarge())
+    with refused("'triton'", "147456", "101376", "backend='fft'"):
+        long_conv(*here(7, False, torch.bfloat16)[:2], "triton")
+
+
+@each_half
+def test_backend_is_available_in_half_precision_and_never_chosen(dtype: torch.dtype) -> None:
+    x = torch.zeros(1, 2, 7, device=DEVICE)
+    assert "triton" in available_backends(x.to(dtype))
+    assert "triton" not in available_backends(x)
+    with torch.autocast(DEVICE, dtype=dtype):
+        assert "triton" in available_backends(x)
+    signals = [torch.empty(2, 1, length, dtype=half) for length in range(1, 5000) for half in (dtype, torch.float32)]
+    assert "triton" not in {choose_backend(signal) for signal in signals}
+
+
+# What it costs
+
+
+@pytest.fixture
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The multiply-adds of every matrix product that the interpreter makes."""
+    if DEVICE == "cuda":
+        pytest.skip("a GPU does not tell")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    macs: list[int] = []
+    create_dot = InterpreterBuilder.create_dot
+
+    def counting(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        macs.append(a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return create_dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counting)
+    return macs
+
+
+@each_side
+@pytest.mark.parametrize(("length", "batch"), [(1, 1), (16, 130), (49, 3), (65, 70), (300, 34), (1100, 2)])
+def test_flops_are_what_the_programs_multiply(length: int, batch: int, causal: bool, multiplied: list[int]) -> None:
+    x = torch.randn(batch, 1, length, dtype=torch.float16)
+    taps = torch.randn(1, length if causal else 2 * length - 1)
+    for operator, arguments in (
+        (torch.ops.sgconvnext.toeplitz_conv, (x, taps)),
+        (torch.ops.sgconvnext.toeplitz_conv_dx, (x, taps)),
+        (torch.ops.sgconvnext.toeplitz_conv_dtaps, (x, x, taps.shape[1])),
+    ):
+        multiplied.clear()
+        with FlopCounterMode(display=False) as counter:
+            operator(*arguments)
+        assert counter.get_total_flops() == 2 * sum(multiplied) > 0
+
+
+def test_tiles_cost_what_they_cost_by_hand() -> None:
+    assert tiles.conv_tile(256, 3136) == (128, 256, 64, 8, 3)
+    # 2 tiles of 128 images, 13 of 256 outputs (3328), 49 steps of 64 inputs (3136)
+    assert tiles.conv_macs(256, 96, 3136, -3135, 3135) == 96 * 256 * 3328 * 3136
+    # 25 tiles of 128 outputs by as many of inputs (3200), 4 steps of 64 images
+    assert tiles.dtaps_tile(256, 3136) == (128, 128, 64, 8, 3)
+    assert tiles.dtaps_macs(256, 96, 3136, -3135) == 96 * 256 * 3200**2
+    # causal: the tiles on and below the diagonal
+    assert tiles.dtaps_macs(256, 96, 3136, 0) == 96 * 256 * 25 * 26 // 2 * 128**2
+    assert tiles.conv_macs(256, 96, 3136, 0, 3135) == 96 * 256 * 256 * 64 * (sum(range(4, 49, 4)) + 49)
+
+
+def test_count_of_a_model_has_the_operator_in_it() -> None:
+    model, x = small_model(backend="triton").bfloat16().to(DEVICE), torch.randn(2, 3, 64, 64, device=DEVICE).bfloat16()
+    counted = count(model, x)
+    for stage, layer in enumerate(mixers(model)):
+        tokens, channels = layer.length, layer.channels
+        convolution = counted.total(str(stage + 1), CONVOLUTION)
+        assert convolution.executed == tiles.conv_macs(2, channels, tokens, 1 - tokens, tokens - 1)
+        assert convolution.activations == 2 * channels * tokens
+        by_fft = count(small_model(backend="fft"), torch.randn(2, 3, 64, 64)).total(str(stage + 1), CONVOLUTION)
+        assert convolution.macs == by_fft.macs
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_profile_times_it_in_half_precision_only(mode: Any) -> None:
+    steps = ops.prepare(ops.Layer((4, 6, 5), batch=2, mode=mode, dtype="bf16", device=DEVICE))
+    steps["triton"]()
+    assert "triton" not in ops.prepare(ops.Layer((4, 6, 5), batch=2, mode=mode, device=DEVICE))

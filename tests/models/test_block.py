@@ -1,0 +1,182 @@
+"""The block in pieces, as it runs on CPUs, against the block as a whole."""
+
+import copy
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from sgconvnext.models import block
+from sgconvnext.models.block import SGConvNeXtBlock
+
+SHAPE = (3, 8, 10, 7)  # 210 tokens
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block, "PIECE_TOKENS", 64)  # four pieces, which 210 does not divide into
+
+
+def whole(module: SGConvNeXtBlock, *arguments: Any) -> Any:
+    """The block's output, or anything else that a function makes of it, without pieces."""
+    other = copy.deepcopy(module)
+    other._works_in_pieces = lambda x: False
+    function, *rest = arguments
+    return function(other, *rest)
+
+
+def run(module: SGConvNeXtBlock, x: Tensor) -> Tensor:
+    y: Tensor = module(x)
+    return y
+
+
+def gradients(module: SGConvNeXtBlock, x: Tensor, dy: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    return list(torch.autograd.grad(module(x), [x, *module.parameters()], dy))
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes that went through `_branch`."""
+    seen: list[torch.Size] = []
+    branch = SGConvNeXtBlock._branch
+    monkeypatch.setattr(SGConvNeXtBlock, "_branch", lambda self, y: seen.append(y.shape) or branch(self, y))
+    return seen
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("ls_init_value", [0.5, None])
+def test_block_in_pieces_equals_the_whole(
+    ls_init_value: float | None, layout: torch.memory_format, pieces: list[torch.Size]
+) -> None:
+    module = SGConvNeXtBlock(8, (10, 7), ls_init_value=ls_init_value).eval()
+    x = torch.randn(SHAPE).to(memory_format=layout)
+    with torch.no_grad():
+        y = module(x)
+    assert pieces == [(53, 8), (53, 8), (53, 8), (51, 8)]
+    assert y.shape == x.shape
+    assert relative_error(y - x, whole(module, run, x) - x) <= 1e-6
+    dy = torch.randn(SHAPE)
+    for got, want in zip(gradients(module, x, dy), whole(module, gradients, x, dy), strict=True):
+        assert relative_error(got, want) <= 1e-5
+
+
+def test_few_tokens_are_not_cut(pieces: list[torch.Size]) -> None:
+    SGConvNeXtBlock(8, (8, 8))(torch.randn(1, 8, 8, 8))
+    assert pieces == [(1, 8, 8, 8)]
+
+
+def test_pieces_drop_whole_images(pieces: list[torch.Size]) -> None:
+    module = SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0, drop_path=0.5)
+    x = torch.randn(32, 8, 10, 7)
+    torch.manual_seed(0)
+    branch = module(x) - x
+    assert len(pieces) == 35
+    torch.manual_seed(0)
+    assert relative_error(branch, whole(module, run, x) - x) <= 1e-5
+    kept = (branch.flatten(2).norm(dim=2) > 1e-6).float().mean(1)  # by image, the share of channels
+    assert set(kept.tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_pieces_go_through_another_drop_path(training: bool) -> None:
+    module, x = SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0).train(training), torch.randn(SHAPE)
+    module.drop_path = StochasticDepth(1.0, "row").train(training)
+    assert (relative_error(module(x), x) == 0) == training
+    module.drop_path = DropPath(1 - 1e-9).train(not training)  # as where the whole is
+    assert (relative_error(module(x), x) == 0) == (not training)
+
+
+def test_hook_sees_the_whole_map(pieces: list[torch.Size]) -> None:
+    module, seen = SGConvNeXtBlock(8, (10, 7)), []
+    handle = module.mlp.fc1.register_forward_hook(lambda _, __, output: seen.append(output.shape))
+    module(torch.randn(SHAPE))
+    assert seen == [(3, 10, 7, 32)]
+    handle.remove()
+    module(torch.randn(SHAPE))
+    assert len(pieces) == 1 + 4
+    with nn.modules.module.register_module_forward_hook(lambda _, __, output: seen.append(output.shape)):
+        module(torch.randn(SHAPE))
+    assert (3, 10, 7, 32) in seen[1:]
+
+
+def test_pieces_go_through_a_replaced_layer() -> None:
+    """Adapters put their own module in the place of a Linear."""
+    module, x = SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0).eval(), torch.randn(SHAPE)
+    before = module(x)
+    module.mlp.fc1 = nn.Sequential(module.mlp.fc1, nn.Linear(32, 32))
+    assert relative_error(module(x), before) > 1e-3
+    assert relative_error(module(x), whole(module, run, x)) <= 1e-6
+
+
+def test_pieces_under_autocast_equal_the_whole() -> None:
+    module, x = SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0).eval(), torch.randn(SHAPE)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+        want = whole(module, run, x)
+    assert y.dtype == want.dtype
+    assert relative_error(y - x, want - x) <= 1e-2
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_fused_block_equals_the_whole(drop_path: float) -> None:
+    """The Triton programs around the MLP, in its interpreter where there is no GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = SGConvNeXtBlock(16, (5, 4), ls_init_value=0.5, drop_path=drop_path, backend="triton", device=device)
+    x, dy = torch.randn(8, 16, 5, 4, device=device), torch.randn(8, 16, 5, 4, device=device)
+    other = copy.deepcopy(module)
+    other.sgconv.backend = "fft"
+    found = []
+    for block_ in (module, other):
+        torch.manual_seed(0)
+        shortcut = x.clone().requires_grad_()
+        with torch.autocast(device, torch.float16):
+            assert block_._runs_triton(shortcut) == (block_ is module)
+            y = block_(shortcut)
+        found.append([y - x, *torch.autograd.grad(y, [shortcut, *block_.parameters()], dy)])
+        assert y.dtype == torch.float32
+    if drop_path:  # the two draw numbers of their own
+        with torch.no_grad(), torch.autocast(device, torch.float16):
+            branch = module.eval()(x) - x
+        ratio = found[0][0].flatten(1).norm(dim=1) / branch.flatten(1).norm(dim=1)
+        assert {round(value, 2) for value in ratio.tolist()} == {0.0, 2.0}
+    else:
+        for got, want in zip(*found, strict=True):
+            assert relative_error(got, want) <= 1e-2
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_fused_block_has_second_derivatives() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = SGConvNeXtBlock(16, (5, 4), ls_init_value=0.5, backend="triton", device=device)
+    other = copy.deepcopy(module)
+    other.sgconv.backend = "reference"
+    x = torch.randn(2, 16, 5, 4, device=device, requires_grad=True)
+
+    def product(module: SGConvNeXtBlock) -> list[torch.Tensor]:
+        inputs = [x, *module.parameters()]
+        with torch.autocast(device, torch.float16):
+            assert module._runs_triton(x) == (module is not other)
+            first = torch.autograd.grad(module(x).pow(3).mean(), inputs, create_graph=True)
+        return list(torch.autograd.grad(sum(t.square().sum() for t in first), inputs))
+
+    for (name, _), got, want in zip(
+        [("x", None), *module.named_parameters()], product(module), product(other), strict=True
+    ):
+        assert relative_error(got, want) <= 3e-2, name
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_transforms_see_the_fused_block_unfused() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = SGConvNeXtBlock(16, (5, 4), ls_init_value=0.5, backend="triton", device=device)
+    x = torch.randn(3, 2, 16, 5, 4, device=device, dtype=torch.float16)
+    module.half()
+    with torch.no_grad():
+        assert relative_error(torch.vmap(module)(x), module(x.flatten(0, 1)).unflatten(0, (3, 2))) <= 1e-2

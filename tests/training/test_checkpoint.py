@@ -1,0 +1,641 @@
+"""Checkpoints: written whole or not at all, read without running code, refused in one line where they do not fit."""
+
+import errno
+import hashlib
+import io
+import os
+import pickle
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import refused, small_model
+from timm.models import load_checkpoint
+from training_helpers import DISKS, disk_without
+
+from sgconvnext.training import checkpoint
+
+STATE = {"state_dict": {"weight": torch.arange(4.0)}, "epoch": 3, "args": {"out": "runs/x", "betas": [0.9, 0.999]}}
+
+
+def same_weights(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> bool:
+    return got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.iterdir())
+
+
+def test_checkpoint_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, STATE)
+    state = checkpoint.load(path)
+    assert same_weights(state.pop("state_dict"), STATE["state_dict"])
+    assert state == {key: STATE[key] for key in ("epoch", "args")}
+    assert names(tmp_path) == ["last.pth", "last.pth.sha256"]
+
+
+def test_crash_while_writing_leaves_the_old_checkpoint_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, STATE)
+    before = path.read_bytes()
+
+    def crash(state: Any, file: Any) -> None:
+        file.write(before[: len(before) // 2])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(path, STATE | {"epoch": 4})
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    checkpoint.save(path, STATE | {"epoch": 5})  # whatever the crash left behind is in nobody's way
+    assert checkpoint.load(path)["epoch"] == 5
+    assert names(tmp_path) == ["last.pth", "last.pth.sha256"]
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
+        return Path.touch, (Path("harm"),)  # type: ignore[return-value]
+
+
+def test_checkpoint_is_read_without_running_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(STATE | {"args": Harmful()}, tmp_path / "bad.pth")
+    with refused("bad.pth", "cannot be read"):
+        checkpoint.load(tmp_path / "bad.pth")
+    assert not (tmp_path / "harm").exists()
+
+
+def damaged(kind: str, path: Path) -> None:
+    torch.save(STATE, path)
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "empty": b"",
+            "truncated": whole[: len(whole) // 2],
+            "beginning": whole[:100],
+            "text": b"epochs: 300\n",
+            "zeros": bytes(1000),
+            "pickle": pickle.dumps(Harmful),
+        }[kind]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+@pytest.mark.parametrize("kind", ["empty", "truncated", "beginning", "text", "zeros", "pickle"])
+def test_damaged_file_is_refused(kind: str, tmp_path: Path) -> None:
+    damaged(kind, tmp_path / "a.pth")
+    with refused("a.pth", "cannot be read"):
+        checkpoint.load(tmp_path / "a.pth")
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with refused(repr(str(tmp_path / "none.pth")), "does not exist", ".pth"):
+        checkpoint.load(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"model": {}}, "no 'state_dict' or 'model' with weights, but 'model'; name a file written by train.py"),
+        ({"epoch": 3, "net": {"a": 1}}, "but 'epoch', 'net'; name"),
+        ({}, "but nothing; name"),
+        ([1], "holds a list, not weights by name; use another"),
+        (torch.zeros(2), "holds a Tensor, not weights by name; use another"),
+    ],
+    ids=str,
+)
+def test_file_of_another_program_is_refused(content: Any, told: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    with refused("a.pth", told):
+        checkpoint.load(tmp_path / "a.pth")
+
+
+def test_empty_weights_are_not_blamed_on_the_average() -> None:
+    with pytest.raises(ValueError, match=r"^(?!.*EMA).*a\.pth"):
+        checkpoint.weights({"state_dict": {}}, False, "a.pth")
+
+
+def test_weights_and_their_average_are_told_apart() -> None:
+    state = {"state_dict": {"a": torch.zeros(1)}, "state_dict_ema": {"a": torch.ones(1)}}
+    assert same_weights(checkpoint.weights(state, False, "a.pth"), state["state_dict"])
+    assert same_weights(checkpoint.weights(state, True, "a.pth"), state["state_dict_ema"])
+
+
+@pytest.mark.parametrize("state", [STATE, STATE | {"state_dict_ema": None}], ids=["absent", "none"])
+def test_checkpoint_without_an_average_is_refused_where_it_is_asked_for(state: dict[str, Any]) -> None:
+    with refused("'a.pth'", "no EMA weights", "ema.decay=0"):
+        checkpoint.weights(state, True, "a.pth")
+
+
+def test_weights_are_loaded_into_a_model_of_the_same_architecture() -> None:
+    source, model = small_model(), small_model()
+    assert not same_weights(model.state_dict(), source.state_dict())
+    checkpoint.load_weights(model, source.state_dict(), "a.pth")
+    assert same_weights(model.state_dict(), source.state_dict())
+
+
+def test_another_architecture_is_refused_with_the_keys_that_differ() -> None:
+    model = small_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    renamed = {("old." if key == "stem.0.bias" else "") + key: value for key, value in before.items()}
+    with refused("'a.pth'", "another architecture", "1 missing (stem.0.bias)", "1 unexpected (old.stem.0.bias)"):
+        checkpoint.load_weights(model, renamed, "a.pth")
+    with refused("'a.pth'", "another size", "dims [12, 16, 24, 32]", "dims [8, 16, 24, 32]"):
+        checkpoint.load_weights(model, small_model(dims=(12, 16, 24, 32)).state_dict(), "a.pth")
+    with refused("another size", "depths [1, 1, 2, 1]", "depths [1, 1, 1, 1]"):
+        checkpoint.load_weights(model, small_model(depths=(1, 1, 2, 1)).state_dict(), "a.pth")
+    with refused("'a.pth' has no weights for this model"):
+        checkpoint.load_weights(model, {}, "a.pth")
+    assert same_weights(model.state_dict(), before)
+
+
+def test_kernels_of_another_image_size_are_refused() -> None:
+    with refused("kernels for another image size", "36 taps a scale, the model 16", "model.img_size"):
+        checkpoint.load_weights(small_model(), small_model(img_size=96).state_dict(), "a.pth")
+
+
+def test_new_head_leaves_out_the_classifier_alone() -> None:
+    model, source = small_model(num_classes=3), small_model(num_classes=10)
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    with refused("a classifier (head.fc.weight) of 10 classes, the model of 3; model.new_head=true"):
+        checkpoint.load_weights(model, source.state_dict(), "a.pth")
+    checkpoint.load_weights(model, source.state_dict(), "a.pth", skip=["head.fc"])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, own[key] if key.startswith("head.fc.") else source.state_dict()[key]), key
+    without_stem = {key: value for key, value in source.state_dict().items() if not key.startswith("stem.")}
+    with refused("4 missing (stem.0.weight"):
+        checkpoint.load_weights(model, without_stem, "a.pth", skip=["head.fc"])
+    equal = small_model()
+    own_head = equal.head.fc.weight.clone()
+    checkpoint.load_weights(equal, source.state_dict(), "a.pth", skip=["head.fc"])  # also where the shapes would fit
+    assert torch.equal(equal.head.fc.weight, own_head)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_timm_reads_the_file(ema: bool, tmp_path: Path) -> None:
+    source, average, model = small_model(), small_model(), small_model()
+    state = {"state_dict": source.state_dict(), "state_dict_ema": average.state_dict(), "version": checkpoint.VERSION}
+    checkpoint.save(tmp_path / "last.pth", STATE | state)
+    load_checkpoint(model, str(tmp_path / "last.pth"), use_ema=ema)
+    assert same_weights(model.state_dict(), (average if ema else source).state_dict())
+
+
+# ---- the checksum
+
+
+def test_checksum_is_what_sha256sum_writes_and_checks(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "a b.pth", STATE)
+    sha256 = hashlib.sha256((tmp_path / "a b.pth").read_bytes()).hexdigest()
+    assert (tmp_path / "a b.pth.sha256").read_bytes() == f"{sha256}  a b.pth\n".encode()
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--strict", "a b.pth.sha256"], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999])
+def test_flipped_bit_is_refused_wherever_it_is(place: float, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    checkpoint.save(path, STATE)
+    for file in (path, checkpoint.checksum_of(path)):
+        whole = file.read_bytes()
+        number = int(place * len(whole)) if file == path else int(place * 64)
+        file.write_bytes(whole[:number] + bytes([whole[number] ^ 16]) + whole[number + 1 :])
+        with refused("a.pth", "damaged", "a.pth.sha256", "use another"):
+            checkpoint.load(path)
+        file.write_bytes(whole)
+    assert checkpoint.load(path)["epoch"] == 3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
+def test_file_that_is_cut_short_is_refused(share: float, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    checkpoint.save(path, STATE)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with refused("a.pth", "damaged"):
+        checkpoint.load(path)
+
+
+def test_link_is_checked_against_the_checksum_of_its_file(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "a.pth", STATE)
+    (tmp_path / "last.pth").symlink_to("a.pth")
+    assert checkpoint.load(tmp_path / "last.pth")["epoch"] == 3
+    checkpoint.checksum_of(tmp_path / "a.pth").write_text(f"{'0' * 64}  a.pth\n")
+    with refused("last.pth", "damaged", "a.pth.sha256"):
+        checkpoint.load(tmp_path / "last.pth")
+
+
+def test_file_without_a_checksum_is_read(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "a.pth", STATE)
+    checkpoint.checksum_of(tmp_path / "a.pth").unlink()
+    assert checkpoint.load(tmp_path / "a.pth")["epoch"] == 3
+
+
+# ---- a disk that is full
+
+LARGE = STATE | {"state_dict": {"weight": torch.arange(20000.0)}}  # more than a file's buffer
+
+
+def leave_room(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """Only so many bytes more can be written to any file; what is still in a buffer does not count."""
+    left = [room]
+    opened: Any = Path.open
+
+    class Raw(io.FileIO):
+        def write(self, content: Any) -> int:
+            size = memoryview(content).nbytes
+            if size > left[0]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            left[0] -= size
+            return super().write(content)
+
+    def limited(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        return io.BufferedWriter(Raw(path, "wb")) if mode == "wb" else opened(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", limited)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+@pytest.mark.parametrize("short", [None, 80000, 40000, 1000, 1, -10], ids=str)  # -10: the checksum does not fit
+def test_full_disk_leaves_the_folder_as_it_was(
+    short: int | None, overwritten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.pth"
+    checkpoint.save(path, LARGE)
+    size = path.stat().st_size
+    if not overwritten:
+        path = tmp_path / "b.pth"
+    before = contents(tmp_path)
+    leave_room(monkeypatch, 0 if short is None else size - short)
+    with pytest.raises(OSError, match=rf"checkpoint '.*{path.name}' cannot be written: .*No space left") as caught:
+        checkpoint.save(path, LARGE | {"epoch": 4})
+    assert "\n" not in str(caught.value)
+    assert contents(tmp_path) == before
+    monkeypatch.undo()
+    checkpoint.save(path, LARGE | {"epoch": 4})
+    assert checkpoint.load(path)["epoch"] == 4
+
+
+def test_as_much_room_as_the_files_need_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path / "a.pth", LARGE)
+    leave_room(monkeypatch, sum(len(content) for content in contents(tmp_path).values()))
+    checkpoint.save(tmp_path / "b.pth", LARGE)
+    assert checkpoint.load(tmp_path / "b.pth")["epoch"] == 3
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_rename_that_fails_leaves_the_folder_as_it_was(
+    overwritten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.pth"
+    if overwritten:
+        checkpoint.save(path, STATE)
+    before, replace = contents(tmp_path), Path.replace
+
+    def fails(source: Path, target: Path) -> Path:
+        if target == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match=r"checkpoint '.*a\.pth' cannot be written: .*Input/output error"):
+        checkpoint.save(path, STATE | {"epoch": 4})
+    assert contents(tmp_path) == before
+
+
+def test_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"checkpoint '.*gone/a\.pth' cannot be written: .*No such file"):
+        checkpoint.save(tmp_path / "gone" / "a.pth", STATE)
+
+
+# ---- the checkpoints of a run
+
+
+def run(path: Path, *positions: tuple[int, int], keep: int = 99, best: int = -1) -> checkpoint.Folder:
+    """A folder with checkpoints of those positions, written in that order; number ``best`` is the best."""
+    folder = checkpoint.Folder(path)
+    for number, position in enumerate(positions):
+        folder.add(folder.file(*position), STATE | {"epoch": position[0]}, keep, number == best)
+    return folder
+
+
+def positions(folder: checkpoint.Folder) -> list[tuple[int, int]]:
+    return [tuple(map(int, re.findall(r"\d+", path.name))) for path in folder.files()]  # type: ignore[misc]
+
+
+def link(folder: checkpoint.Folder, name: str) -> str:
+    """What a link says, which must be a file beside it."""
+    target = (folder.path / name).readlink()
+    assert target.name == str(target)
+    assert checkpoint.load(folder.path / name)
+    return target.name
+
+
+def test_newest_position_comes_first_whatever_was_written_last(tmp_path: Path) -> None:
+    folder = run(tmp_path, (1, 0), (10000, 0), (9, 5), (0, 1000000), (0, 200000), (9, 10), (9999, 0))
+    for name in ("checkpoint-1.pth", "checkpoint-0099-000000.pth.aside", "best-0099-000000.pth", "model.pth"):
+        (tmp_path / name).touch()
+    assert positions(folder) == [(10000, 0), (9999, 0), (9, 10), (9, 5), (1, 0), (0, 1000000), (0, 200000)]
+    assert [folder.file(*position) for position in positions(folder)] == folder.files()
+
+
+def test_newest_skips_damaged_ones_and_says_what_is_wrong(tmp_path: Path) -> None:
+    folder = run(tmp_path, (1, 0), (2, 0), (3, 0))
+    assert folder.newest() == (folder.file(3, 0), [])
+    folder.file(3, 0).write_bytes(b"")
+    torch.save([1], folder.file(4, 0))
+    newest, wrong = folder.newest()
+    assert newest == folder.file(2, 0)
+    assert ["checkpoint-0004-000000.pth" in wrong[0], "checkpoint-0003-000000.pth" in wrong[1]] == [True, True]
+    for path in folder.files():
+        path.write_bytes(b"")
+    with refused(str(tmp_path), "no good checkpoint", "among 4", "checkpoint-0004-000000.pth"):
+        folder.newest()
+    assert checkpoint.Folder(tmp_path / "none").newest() == (None, [])
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_newest_few_and_the_best_are_kept(relative: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    folder = run(Path("out") if relative else tmp_path / "out", *((e, 0) for e in range(1, 8)), keep=2, best=2)
+    assert positions(folder) == [(7, 0), (6, 0), (3, 0)]
+    assert link(folder, "last.pth") == "checkpoint-0007-000000.pth"
+    assert link(folder, "best.pth") == "checkpoint-0003-000000.pth"
+    files = [f"checkpoint-{epoch:04d}-000000.pth" for epoch in (3, 6, 7)]
+    assert names(folder.path) == sorted(["best.pth", "last.pth", *files, *(f"{file}.sha256" for file in files)])
+
+
+def test_links_point_to_files_whenever_a_kill_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at before and after everything that adding a checkpoint does to the folder."""
+    folder = run(tmp_path, (1, 0), best=0)
+    looked = []
+
+    def watched(name: str) -> None:
+        inner = getattr(Path, name)
+
+        def step(path: Path, *arguments: Any, **options: Any) -> Any:
+            result = inner(path, *arguments, **options)
+            looked.append((link(folder, "last.pth"), link(folder, "best.pth")))
+            return result
+
+        monkeypatch.setattr(Path, name, step)
+
+    for name in ("replace", "unlink", "symlink_to"):
+        watched(name)
+    folder.add(folder.file(2, 0), STATE, 1, best=True)
+    assert len(looked) >= 7
+    assert looked[0] == ("checkpoint-0001-000000.pth",) * 2
+    assert looked[-1] == ("checkpoint-0002-000000.pth",) * 2
+
+
+def test_save_that_fails_removes_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run(tmp_path, (1, 0), (2, 0), keep=2, best=0)
+    before = contents(tmp_path)
+    leave_room(monkeypatch, 500)
+    with pytest.raises(OSError, match="No space left"):
+        folder.add(folder.file(3, 0), STATE, 1, best=True)
+    assert contents(tmp_path) == before
+
+
+def test_later_checkpoints_are_set_aside_with_their_checksums(tmp_path: Path) -> None:
+    folder = run(tmp_path, (1, 0), (2, 0), (3, 0), best=2)
+    aside = folder.set_aside(after=(1, 0))
+    assert sorted(path.name for path in aside) == [f"checkpoint-000{epoch}-000000.pth.aside" for epoch in (2, 3)]
+    assert positions(folder) == [(1, 0)]
+    assert link(folder, "last.pth") == "checkpoint-0001-000000.pth"
+    assert link(folder, "best.pth") == "checkpoint-0003-000000.pth.aside"
+    for path in aside:
+        assert checkpoint.load(path)["epoch"] in (2, 3)
+        assert checkpoint.checksum_of(path).is_file()
+    assert not list(tmp_path.glob("*.pth.sha256"))[1:]
+    assert folder.set_aside(after=(1, 0)) == []
+
+
+def test_nothing_that_was_set_aside_is_overwritten_or_removed(tmp_path: Path) -> None:
+    folder = run(tmp_path, (1, 0))
+    for number in range(3):
+        folder.add(folder.file(2, 0), STATE | {"epoch": 10 + number}, 1, best=number == 0)
+        run(tmp_path, (1, 0))
+        folder.set_aside(after=(1, 0))
+    aside = [f"checkpoint-0002-000000.pth.aside{plus}" for plus in ("", "+", "++")]
+    assert [checkpoint.load(tmp_path / name)["epoch"] for name in aside] == [10, 11, 12]
+    assert link(folder, "best.pth") == aside[0]
+
+
+def test_half_written_files_are_cleared_and_nothing_else(tmp_path: Path) -> None:
+    folder = run(tmp_path, (1, 0), best=0)
+    before = contents(tmp_path)
+    for name in ("checkpoint-0002-000000.pth.partial", "checkpoint-0002-000000.pth.sha256.partial"):
+        (tmp_path / name).write_bytes(b"PK")
+    (tmp_path / "last.pth.partial").symlink_to("nowhere.pth")
+    folder.clear()
+    assert contents(tmp_path) == before
+
+
+# ---- disks without symbolic links
+
+without_links = pytest.mark.parametrize("disk", ["hard links", "copies"])
+
+
+def epochs(folder: checkpoint.Folder) -> dict[str, int]:
+    """What last.pth and best.pth hold, each checked against its own checksum."""
+    held = {}
+    for name in ("last.pth", "best.pth"):
+        path = folder.path / name
+        if path.exists():
+            held[name] = checkpoint.load(path)["epoch"]
+            assert path.is_symlink() or checkpoint.checksum_of(path).exists()
+    return held
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EACCES])
+@pytest.mark.parametrize("disk", DISKS)
+def test_what_a_disk_has_in_place_of_links_is_found_out_by_trying(
+    disk: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_without(monkeypatch, *DISKS[disk], number=number)
+    assert checkpoint.links(tmp_path) == disk
+    assert names(tmp_path) == []
+
+
+def test_full_disk_is_not_taken_for_one_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk_without(monkeypatch, "symlink_to", number=errno.ENOSPC)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.links(tmp_path)
+    assert names(tmp_path) == []
+
+
+@without_links
+def test_newest_few_and_the_best_are_kept_without_links(
+    disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk_without(monkeypatch, *DISKS[disk])
+    folder = run(tmp_path, *((epoch, 0) for epoch in range(1, 8)), keep=2, best=2)
+    assert positions(folder) == [(7, 0), (6, 0), (3, 0)]
+    assert epochs(folder) == {"last.pth": 7, "best.pth": 3}
+    files = [*(f"checkpoint-{epoch:04d}-000000.pth" for epoch in (3, 6, 7)), "last.pth", "best.pth"]
+    assert names(tmp_path) == sorted([*files, *(f"{file}.sha256" for file in files)])
+    assert [(tmp_path / name).stat().st_nlink for name in ("last.pth", "best.pth")] == [1 + (disk == "hard links")] * 2
+    assert caplog.records == []
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--strict", "best.pth.sha256"], cwd=tmp_path, check=True)
+
+
+@without_links
+def test_timm_reads_the_file_without_links(disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk_without(monkeypatch, *DISKS[disk])
+    source, model, folder = small_model(), small_model(), checkpoint.Folder(tmp_path)
+    folder.add(folder.file(1, 0), STATE | {"state_dict": source.state_dict()}, 1, best=True)
+    load_checkpoint(model, str(tmp_path / "best.pth"))
+    assert same_weights(model.state_dict(), source.state_dict())
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("disk", DISKS)
+def test_folder_is_whole_whenever_a_kill_comes(disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before the first, the second, ... thing that adding a checkpoint does to the folder, then gone on."""
+    for number in range(100):
+        out, left = tmp_path / str(number), [number]
+        out.mkdir()
+        with monkeypatch.context() as patched:
+            disk_without(patched, *DISKS[disk])
+            folder = run(out, (1, 0), (2, 0), keep=1, best=0)
+            assert folder.links == disk
+            with patched.context() as killing:
+                for name in ("replace", "unlink", "symlink_to", "hardlink_to", "open"):
+                    kill_in(killing, name, left)
+                try:
+                    folder.add(folder.file(3, 0), STATE | {"epoch": 3}, 1, best=True)
+                    ended = True
+                except Killed:
+                    ended = False
+            held = epochs(folder)
+            assert (held["last.pth"], held["best.pth"]) in [(2, 1), (3, 1), (3, 3)]
+            again = checkpoint.Folder(out)
+            again.clear()
+            again.adopt()
+            assert epochs(again) == held
+            again.add(again.file(4, 0), STATE | {"epoch": 4}, 1, best=True)
+            assert positions(again) == [(4, 0)]
+            assert epochs(again) == {"last.pth": 4, "best.pth": 4}
+            assert not list(out.glob("*.partial"))
+        if ended:
+            assert number >= 10
+            return
+    raise AssertionError("it never ends")
+
+
+def kill_in(monkeypatch: pytest.MonkeyPatch, name: str, left: list[int]) -> None:
+    inner: Any = getattr(Path, name)
+
+    def step(path: Path, *arguments: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return inner(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, name, step)
+
+
+@without_links
+def test_later_checkpoints_are_set_aside_without_links(
+    disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_without(monkeypatch, *DISKS[disk])
+    folder = run(tmp_path, (1, 0), (2, 0), (3, 0), best=2)
+    assert sorted(path.name[:15] for path in folder.set_aside(after=(1, 0))) == ["checkpoint-0002", "checkpoint-0003"]
+    assert epochs(folder) == {"last.pth": 1, "best.pth": 3}
+    assert folder.behind("best.pth") == tmp_path / "checkpoint-0003-000000.pth.aside"
+    folder.add(folder.file(2, 0), STATE | {"epoch": 22}, 1, best=False)
+    assert epochs(folder) == {"last.pth": 22, "best.pth": 3}
+    folder.set_aside(after=(0, 0))
+    assert epochs(folder) == {"best.pth": 3}
+    assert not (tmp_path / "last.pth.sha256").exists()
+
+
+@pytest.mark.parametrize("disk", DISKS)
+@pytest.mark.parametrize("before", DISKS)
+def test_folder_that_comes_from_another_disk_keeps_its_best(
+    before: str, disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").mkdir()
+    with monkeypatch.context() as patched:
+        disk_without(patched, *DISKS[before])
+        run(tmp_path / "old", (1, 0), (2, 0), (3, 0), best=1)
+    shutil.copytree(tmp_path / "old", tmp_path / "new", symlinks=False)  # links become files of their own
+    disk_without(monkeypatch, *DISKS[disk])
+    folder = checkpoint.Folder(tmp_path / "new")
+    folder.adopt()
+    assert [(folder.path / name).is_symlink() for name in ("last.pth", "best.pth")] == [disk == "symbolic links"] * 2
+    assert epochs(folder) == {"last.pth": 3, "best.pth": 2}
+    assert folder.behind("best.pth") == folder.file(2, 0)
+    folder.add(folder.file(4, 0), STATE | {"epoch": 4}, 1, best=False)
+    assert positions(folder) == [(4, 0), (2, 0)]
+    assert epochs(folder) == {"last.pth": 4, "best.pth": 2}
+
+
+def test_hard_link_that_a_kill_left_is_not_written_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run(tmp_path, (1, 0), (2, 0))
+    (tmp_path / "last.pth.partial").hardlink_to(folder.file(1, 0))
+    disk_without(monkeypatch, *DISKS["copies"])
+    checkpoint.Folder(tmp_path).point("last.pth", folder.file(2, 0))
+    assert checkpoint.load(folder.file(1, 0))["epoch"] == 1
+    assert checkpoint.load(tmp_path / "last.pth")["epoch"] == 2
+
+
+def test_damaged_checkpoint_is_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk_without(monkeypatch, *DISKS["copies"])
+    folder = run(tmp_path, (1, 0))
+    checkpoint.save(folder.file(2, 0), STATE)
+    folder.file(2, 0).write_bytes(b"PK")
+    with pytest.raises(OSError, match="not what its checksum says"):
+        folder.point("last.pth", folder.file(2, 0))
+    assert epochs(folder) == {"last.pth": 1}
+
+
+def test_old_checkpoints_go_and_the_best_stays_where_the_copies_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk_without(monkeypatch, *DISKS["copies"])
+    folder, copy = run(tmp_path, (1, 0), (2, 0), best=0), checkpoint._copy
+
+    def full(path: Path, to: Path) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_copy", full)
+    for epoch in (3, 4):
+        folder.add(folder.file(epoch, 0), STATE | {"epoch": epoch}, 1, best=epoch == 3)
+    assert positions(folder) == [(4, 0), (3, 0), (1, 0)]  # the best, and what best.pth still is
+    assert epochs(folder) == {"last.pth": 2, "best.pth": 1}
+    assert "best.pth cannot be made of" in caplog.text
+    monkeypatch.setattr(checkpoint, "_copy", copy)
+    folder.add(folder.file(5, 0), STATE | {"epoch": 5}, 1, best=False)
+    assert positions(folder) == [(5, 0), (3, 0)]
+    assert epochs(folder) == {"last.pth": 5, "best.pth": 3}
+
+
+def test_checkpoints_without_checksums_are_known_by_what_is_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_without(monkeypatch, *DISKS["copies"])
+    folder = run(tmp_path, (1, 0), (2, 0), best=0)
+    for path in tmp_path.glob("*.sha256"):
+        path.unlink()
+    assert folder.behind("best.pth") == folder.file(1, 0)
+    assert folder.behind("last.pth") == folder.file(2, 0)
