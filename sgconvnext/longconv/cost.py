@@ -4,7 +4,7 @@ FLOPs are real additions and multiplications; a multiply-add (MAC) is two.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .dft import block_shape
 from .fft import fft_length
@@ -55,6 +55,12 @@ def dft_response(blocks: int, size: int) -> int:
 def linear_interpolation(outputs: int) -> int:
     """FLOPs of interpolating that many outputs linearly, each between two inputs."""
     return INTERPOLATION * outputs
+
+
+def image_interpolation(rows: int, shape: Sequence[int]) -> int:
+    """FLOPs of interpolating an image of so many rows to (..., H, W); a single row only along itself."""
+    outputs = math.prod(shape)
+    return linear_interpolation(outputs if rows == shape[-2] == 1 else 3 * outputs)
 
 
 def algorithm(batch: int, channels: int, length: int) -> int:

@@ -48,6 +48,14 @@ def _interpolation_backward(dy: Tensor, *_: Any, **__: Any) -> int:
     return cost.linear_interpolation(dy.numel())
 
 
+def _bilinear(x: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    return cost.image_interpolation(x.shape[2], out_val.shape)
+
+
+def _bilinear_backward(dy: Tensor, _: Any, size: list[int], *__: Any, **___: Any) -> int:
+    return cost.image_interpolation(size[2], dy.shape)
+
+
 def _tiled_conv(x: Tensor, taps: Tensor, *_: Any, **__: Any) -> int:
     batch, channels, length = x.shape
     return cost.tiled_conv(batch, channels, length, taps.shape[1])
@@ -71,6 +79,8 @@ FORMULAS: dict[Any, Any] = {
     torch.ops.aten.mul_: _product,
     torch.ops.aten.upsample_linear1d: _interpolation,
     torch.ops.aten.upsample_linear1d_backward: _interpolation_backward,
+    torch.ops.aten.upsample_bilinear2d: _bilinear,
+    torch.ops.aten.upsample_bilinear2d_backward: _bilinear_backward,
     torch.ops.sgconvnext.toeplitz_conv: _tiled_conv,
     torch.ops.sgconvnext.toeplitz_conv_dx: _tiled_conv_dx,
     torch.ops.sgconvnext.toeplitz_conv_dtaps: _tiled_conv_dtaps,

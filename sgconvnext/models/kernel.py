@@ -3,9 +3,49 @@
 Letters: C channels, L tokens, N scales, d taps per scale; "directions" is 1 (causal) or 2 (bidirectional).
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+DECAYS = ("scale", "position")
+INITS = ("normal", "cosine")
+
+
+class KernelOptions(NamedTuple):
+    """What a kernel is beside its parameters; `kernel_options` checks the values and has the defaults."""
+
+    decay: str
+    alpha: tuple[float, float]
+    exponent: float
+    init: str
+
+
+def kernel_options(
+    decay: str = "scale", alpha: float | tuple[float, float] = 0.5, exponent: float = 1.0, init: str = "normal"
+) -> KernelOptions:
+    """The options of a kernel.
+
+    Args:
+        decay: "scale" (alpha^i on scale i) or "position" ((j + 1)^-exponent on tap j: Cat*, section 4.1.2).
+        alpha: decay per scale; a pair spreads it over the channels, evenly in 1/alpha (Pathfinder-X: (1, 1/3)).
+        exponent: t of decay="position".
+        init: "normal" (w ~ N(0, 1)) or "cosine" (one random frequency per channel, direction and scale).
+
+    Raises:
+        ValueError: an unknown choice, or a number that makes no kernel.
+    """
+    for name, choice, known in (("decay", decay, DECAYS), ("init", init, INITS)):
+        if choice not in known:
+            raise ValueError(f"{name} {choice!r} is unknown; use one of {', '.join(known)}")
+    alphas = (alpha, alpha) if isinstance(alpha, int | float) else tuple(alpha)
+    if len(alphas) != 2 or not all(0 < a < math.inf for a in alphas):
+        raise ValueError(f"alpha={alpha} must be a positive number, or a pair of them")
+    if not math.isfinite(exponent):
+        raise ValueError(f"exponent={exponent} must be a finite number")
+    return KernelOptions(decay, (float(alphas[0]), float(alphas[1])), float(exponent), init)
 
 
 def num_scales_for(length: int, scale_dim: int) -> int:
@@ -18,7 +58,7 @@ def scale_dim_for(length: int, num_scales: int) -> int:
     return -(-length // 2 ** (num_scales - 1))
 
 
-def multiscale_kernel(weight: Tensor, length: int, decay: str, alpha: tuple[float, float], exponent: float) -> Tensor:
+def multiscale_kernel(weight: Tensor, length: int, options: KernelOptions) -> Tensor:
     """Concatenate the upsampled scales of each channel, decayed but not yet normalised (Eq. 1).
 
         k = [k_0, k_1, ..., k_{N-1}],   k_i = a_i * Upsample_{2^max(i-1,0) d}(w_i),   cut to L taps
@@ -31,41 +71,45 @@ def multiscale_kernel(weight: Tensor, length: int, decay: str, alpha: tuple[floa
     Args:
         weight: parameters (directions, N, C, d), float32 or float64.
         length: taps to keep, L <= 2^(N-1) d.
-        decay: "scale" or "position".
-        alpha: decay per scale of the first and the last channel; read when decay="scale".
-        exponent: t of the power law; read when decay="position".
+        options: of the kernel.
 
     Returns:
-        kernel (directions, C, L) in the dtype of weight; tap j is lag j of k+ and lag -j-1 of k-.
+        kernel (directions, C, L) in the dtype of weight; tap j is lag j of k+ and lag -j-1 of k-. The channels of a
+        tap lie side by side in memory.
     """
-    if decay == "scale":
-        channels = weight.shape[2]
-        inverse = torch.linspace(1 / alpha[0], 1 / alpha[1], channels, device=weight.device, dtype=weight.dtype)
+    weight = weight.transpose(2, 3).contiguous()  # (directions, N, d, C): every step then works on whole rows
+    if options.decay == "scale":
+        start, end = options.alpha
+        inverse = torch.linspace(1 / start, 1 / end, weight.shape[3], device=weight.device, dtype=weight.dtype)
         scale = torch.arange(weight.shape[1], device=weight.device)
-        factor = inverse[:, None] ** scale[:, None, None]
-        weight = weight / factor.to(weight.dtype)  # which it has, but not in ONNX, where linspace is float64
-    size = weight.shape[3]
+        factor = inverse ** scale[:, None, None]
+        weight = weight / factor.to(weight.dtype)  # in ONNX linspace is float64 whatever its dtype here
+    size = weight.shape[2]
     scales = [weight[:, 0]]
-    end = size
+    covered = size
     for i in range(1, weight.shape[1]):
-        if end >= length:  # scales beyond the length have no tap
+        if covered >= length:  # scales beyond the length have no tap
             break
         if i > 1:  # the first two scales are d long, each later one doubles
-            size = size * 2  # not *=: torch.jit.trace has tensors for sizes, and end may be the same one
-        scales.append(weight[:, i])
-        if i > 1:
-            scales[i] = F.interpolate(scales[i], size=size, mode="linear", align_corners=False)
-        end = end + size
-    kernel = torch.cat(scales, dim=-1)[..., :length]
-    if decay == "position":
+            size = size * 2  # not *=: torch.jit.trace has tensors for sizes, and covered may be the same one
+        scales.append(weight[:, i] if i == 1 else _upsample(weight[:, i], size))
+        covered = covered + size
+    kernel = torch.cat(scales, dim=1)[:, :length]
+    if options.decay == "position":
         position = torch.arange(1, length + 1, device=weight.device, dtype=weight.dtype)
-        kernel = kernel * position ** (-exponent)
-    return kernel
+        kernel = kernel * position[:, None] ** (-options.exponent)
+    return kernel.transpose(1, 2)
 
 
-def kernel_norm(kernel: Tensor) -> Tensor:
+def _upsample(scale: Tensor, size: int) -> Tensor:
+    """(directions, d, C) to (directions, size, C), linearly. A row of an image is faster than a signal in torch."""
+    row = scale.unsqueeze(1).permute(0, 3, 1, 2)  # (directions, C, 1, d), channels last
+    return F.interpolate(row, size=(1, size), mode="bilinear", align_corners=False).squeeze(2).transpose(1, 2)
+
+
+def l2_norm(kernel: Tensor) -> Tensor:
     """Z of Eq. 1: the L2 norm (directions, C, 1) of each kernel (directions, C, L) as it is used, after truncation."""
-    return torch.linalg.vector_norm(kernel, dim=-1, keepdim=True)
+    return torch.linalg.vector_norm(kernel.contiguous(), dim=-1, keepdim=True)
 
 
 def lag_taps(kernel: Tensor, skip: Tensor) -> Tensor:
@@ -79,9 +123,17 @@ def lag_taps(kernel: Tensor, skip: Tensor) -> Tensor:
         skip: D of the paper (C).
 
     Returns:
-        taps (C, 2L-1) for two directions, (C, L) for one.
+        taps (C, 2L-1) for two directions, (C, L) for one; in memory as the kernel is.
     """
-    behind = torch.cat([kernel[0, :, :1] + skip[:, None], kernel[0, :, 1:]], dim=-1)  # lags >= 0: tokens of the past
-    if kernel.shape[0] == 1:
-        return behind
-    return torch.cat([kernel[1, :, :-1].flip(-1), behind], dim=-1)
+    kernel = kernel.transpose(1, 2)
+    behind = [kernel[0, :1] + skip, kernel[0, 1:]]  # lags >= 0: tokens of the past
+    ahead = [] if kernel.shape[0] == 1 else [kernel[1, :-1].flip(0)]
+    return torch.cat(ahead + behind).t()
+
+
+def cosines(weight: Tensor) -> Tensor:
+    """cos(2 pi f j / d) for a weight (directions, N, C, d): one random frequency f out of 0 .. C-1 for each row."""
+    directions, scales, channels, scale_dim = weight.shape
+    frequency = torch.rand(directions, scales, channels, device=weight.device).argsort(-1)
+    phase = torch.arange(scale_dim, device=weight.device) / scale_dim
+    return torch.cos(2 * math.pi * frequency[..., None] * phase)

@@ -1,17 +1,15 @@
 """Weights on their way into a model that timm builds: checked key by key, resized where its img_size is another."""
 
-import inspect
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import to_2tuple
 from torch import Tensor
 
 from ..fit import refuse_misfit
 from .input_size import MIN_SIZE, STEM_STRIDE
-from .kernel import scale_dim_for
+from .kernel import kernel_options, scale_dim_for
 from .layer import SGConv2d
 
 if TYPE_CHECKING:
@@ -54,12 +52,12 @@ def _refuse_another_kernel(model: "SGConvNeXt", name: str) -> None:
     saved = getattr(model, "pretrained_model_args", {})
     if not saved:
         return
-    defaults = inspect.signature(type(model)).parameters
-    layer = next(layer for _, layer in _mixers(model))
-    for key in ("decay", "alpha") if layer.decay == "scale" else ("decay", "exponent"):
-        then, here = saved.get(key, defaults[key].default), getattr(layer, key)
-        if (to_2tuple(then) if key == "alpha" else then) != here:
-            raise ValueError(f"{name}: the pretrained file was trained with {key}={then}, not {here}; leave {key} out")
+    here = next(layer for _, layer in _mixers(model)).options
+    then = kernel_options(**{key: saved[key] for key in here._fields if key in saved})
+    for key in ("decay", "alpha") if here.decay == "scale" else ("decay", "exponent"):
+        if getattr(then, key) != getattr(here, key):
+            told = f"{key}={saved.get(key, getattr(then, key))}, not {getattr(here, key)}"
+            raise ValueError(f"{name}: the pretrained file was trained with {told}; leave {key} out")
 
 
 def _resized(state: dict[str, Any], model: "SGConvNeXt") -> dict[str, Any]:
@@ -96,10 +94,8 @@ def _stretched(state: dict[str, Any], name: str, layer: SGConv2d, built: tuple[i
         built,
         num_scales=layer.weight.shape[1],
         bidirectional=layer.bidirectional,
-        decay=layer.decay,
-        alpha=layer.alpha,
-        exponent=layer.exponent,
         device="meta",  # so that no random number is drawn
+        **layer.options._asdict(),
     )
     own = {key: state[f"{name}.{key}"].to(layer.weight.dtype) for key in layer.state_dict()}
     source.load_state_dict(own, assign=True)

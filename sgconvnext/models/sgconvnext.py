@@ -1,9 +1,8 @@
 """SGConvNeXt: ConvNeXt's stem, stages and head around SGConv blocks (arXiv 2210.09298, section 4.3.2)."""
 
-import difflib
 import functools
-import inspect
-from typing import Any
+from inspect import signature
+from typing import Any, ClassVar
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -11,14 +10,12 @@ from timm.layers import (
     LayerNorm2d,
     NormMlpClassifierHead,
     calculate_drop_path_rates,
-    create_conv2d,
     get_device_dtype,
     register_notrace_function,
     trunc_normal_,
 )
 from timm.models import (
     build_model_with_cfg,
-    checkpoint_seq,
     generate_default_cfgs,
     register_model,
     resolve_pretrained_cfg,
@@ -27,11 +24,13 @@ from timm.models._features import feature_take_indices  # what every timm model 
 from timm.models._input import update_model_input_size  # likewise
 from torch import Tensor, fx, nn
 
-from ..errors import UnknownArgumentError
+from .arguments import refuse_unknown
 from .block import SGConvNeXtBlock
 from .input_size import MIN_SIZE, STEM_STRIDE, stage_grids
+from .kernel import kernel_options
 from .layer import SGConv2d
 from .pretrained import checkpoint_filter_fn
+from .stage import SGConvNeXtStage
 
 
 @fx.wrap
@@ -49,60 +48,6 @@ def stem_input(x: Tensor, in_chans: int, min_size: int = MIN_SIZE) -> Tensor:  #
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if x.device.type == "cpu" else x
 
 
-class SGConvNeXtStage(nn.Module):
-    """Downsampling (LN, then a 2x2 convolution) where size or width changes, then ``depth`` blocks.
-
-    Args:
-        in_chans, channels: width before and inside the stage.
-        depth: number of blocks.
-        grid: H, W that the blocks' kernels are built for.
-        stride: 1 or 2, of the downsampling convolution.
-        dilation: (of the downsampling convolution, of the blocks); not 1 only where stride was traded for dilation.
-        drop_path: one probability per block.
-        device, dtype: of the parameters.
-        block: further options of SGConvNeXtBlock.
-    """
-
-    def __init__(
-        self,
-        in_chans: int,
-        channels: int,
-        *,
-        depth: int,
-        grid: tuple[int, int],
-        stride: int,
-        dilation: tuple[int, int],
-        drop_path: list[float],
-        device: Any = None,
-        dtype: Any = None,
-        **block: Any,
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.grad_checkpointing = False
-        downsample: nn.Module = nn.Identity()
-        if in_chans != channels or stride > 1 or dilation[0] != dilation[1]:
-            kernel_size = 2 if stride > 1 or dilation[0] != dilation[1] else 1
-            padding = "same" if dilation[1] > 1 else 0
-            conv = create_conv2d(
-                in_chans, channels, kernel_size, stride=stride, dilation=dilation[0], padding=padding, bias=True, **dd
-            )
-            downsample = nn.Sequential(LayerNorm2d(in_chans, **dd), conv)
-        self.downsample = downsample
-        self.blocks = nn.Sequential(
-            *(
-                SGConvNeXtBlock(channels, grid, drop_path=drop_path[i], dilation=dilation[1], **block, **dd)
-                for i in range(depth)
-            )
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
 class SGConvNeXt(nn.Module):
     """ConvNeXt (arXiv 2201.03545) with every 7x7 depthwise convolution replaced by SGConv2d.
 
@@ -116,17 +61,18 @@ class SGConvNeXt(nn.Module):
         output_stride: 8, 16 or 32; below 32 the last stages trade stride for dilation, with the same parameters.
         depths, dims: blocks and width of each of the four stages.
         img_size: H, W (or one int) that the kernels are built for.
-        num_scales: N of every kernel; d = ceil(L / 2^(N-1)) with L the tokens of the stage.
-        bidirectional, decay, alpha, exponent, backend: as in SGConv2d.
         ls_init_value: initial layer scale; None for none.
         head_init_scale: factor on the classifier's initial weights.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over the blocks.
         device, dtype: of the parameters.
+        sgconv: num_scales, scale_dim, bidirectional and backend, as in SGConv2d, and the options of its kernels.
 
     Raises:
-        ValueError: an image size below 32, an unknown output stride, or an option SGConv2d refuses.
+        ValueError: an image size below 32, an unknown output stride, or an option that SGConv2d refuses.
     """
+
+    kernel_defaults: ClassVar = {name: option.default for name, option in signature(kernel_options).parameters.items()}
 
     def __init__(
         self,
@@ -137,18 +83,13 @@ class SGConvNeXt(nn.Module):
         depths: tuple[int, ...] = (3, 3, 9, 3),
         dims: tuple[int, ...] = (96, 192, 384, 768),
         img_size: int | tuple[int, int] = 224,
-        num_scales: int = 5,
-        bidirectional: bool = True,
-        decay: str = "scale",
-        alpha: float | tuple[float, float] = 0.5,
-        exponent: float = 1.0,
-        backend: str = "auto",
         ls_init_value: float | None = 1e-6,
         head_init_scale: float = 1.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: Any = None,
         dtype: Any = None,
+        **sgconv: Any,
     ) -> None:
         super().__init__()
         if len(depths) != 4 or len(dims) != 4:
@@ -166,38 +107,24 @@ class SGConvNeXt(nn.Module):
             nn.Conv2d(in_chans, dims[0], kernel_size=STEM_STRIDE, stride=STEM_STRIDE, **dd),
             LayerNorm2d(dims[0], **dd),
         )
+        self.stages = nn.Sequential()
+        self.feature_info: list[dict[str, Any]] = []
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        grids = stage_grids(img_size)
-        stages = []
-        feature_info: list[dict[str, Any]] = []
-        reduction, dilation = STEM_STRIDE, 1
-        for i in range(4):
-            stride = 2 if i > 0 else 1
-            if reduction >= output_stride and stride > 1:
-                dilation, stride = dilation * stride, 1
-            reduction *= stride
-            stages.append(
-                SGConvNeXtStage(
-                    dims[max(i - 1, 0)],
-                    dims[i],
-                    depth=depths[i],
-                    grid=grids[i],
-                    stride=stride,
-                    dilation=(1 if dilation <= 2 else 2, dilation),
-                    drop_path=rates[i],
-                    ls_init_value=ls_init_value,
-                    num_scales=num_scales,
-                    bidirectional=bidirectional,
-                    decay=decay,
-                    alpha=alpha,
-                    exponent=exponent,
-                    backend=backend,
-                    **dd,
-                )
+        shapes = zip(stage_grids(img_size), _strides(output_stride), strict=True)
+        for i, (grid, (stride, dilation, reduction)) in enumerate(shapes):
+            options = {"ls_init_value": ls_init_value, **sgconv, **dd}
+            stage = SGConvNeXtStage(
+                dims[max(i - 1, 0)],
+                dims[i],
+                depth=depths[i],
+                grid=grid,
+                stride=stride,
+                dilation=(1 if dilation <= 2 else 2, dilation),
+                drop_path=rates[i],
+                **options,
             )
-            feature_info.append({"num_chs": dims[i], "reduction": reduction, "module": f"stages.{i}"})
-        self.stages = nn.Sequential(*stages)
-        self.feature_info = feature_info
+            self.stages.append(stage)
+            self.feature_info.append({"num_chs": dims[i], "reduction": reduction, "module": f"stages.{i}"})
         self.head = NormMlpClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=LayerNorm2d, **dd
         )
@@ -241,7 +168,7 @@ class SGConvNeXt(nn.Module):
         if mode:
             for module in self.modules():
                 if isinstance(module, SGConv2d):
-                    module.check_parameters("train")
+                    module.refuse_reparameterized("train")
         return super().train(mode)
 
     @torch.jit.ignore
@@ -259,7 +186,7 @@ class SGConvNeXt(nn.Module):
         rows, stage = [], None  # type: list[str], Any
         for stage, (height, width) in zip(self.stages, stage_grids(img_size), strict=False):
             layer = stage.blocks[0].sgconv
-            layer.check_parameters("tell what its kernels were built with")
+            layer.refuse_reparameterized("tell what its kernels were built with")
             built = "x".join(map(str, layer.input_size))
             directions, scales, _, taps = layer.weight.shape
             rows.append(
@@ -340,6 +267,16 @@ class SGConvNeXt(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def _strides(output_stride: int) -> list[tuple[int, int, int]]:
+    """Of each stage: its stride, the dilation that it got for strides it had to give up, and its total reduction."""
+    strides, reduction, dilation = [(1, 1, STEM_STRIDE)], STEM_STRIDE, 1
+    for _ in range(3):
+        stride = 2 if reduction < output_stride else 1
+        reduction, dilation = reduction * stride, dilation * (2 // stride)
+        strides.append((stride, dilation, reduction))
+    return strides
+
+
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "atto": {"depths": (2, 2, 6, 2), "dims": (40, 80, 160, 320)},
     "femto": {"depths": (2, 2, 6, 2), "dims": (48, 96, 192, 384)},
@@ -373,47 +310,9 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-# Arguments of timm's ConvNeXt, and of others, that there is nothing to apply to
-WITHOUT_MEANING = {
-    "kernel_sizes": "every kernel is as long as its map; num_scales and img_size say how many parameters it has",
-    "patch_size": "the stem always has 4x4 patches; dims and depths are what can be changed",
-    "stem_type": "the stem is always ConvNeXt's patches of 4x4",
-    "conv_mlp": "the MLP is always of linear layers, which compute the same as 1x1 convolutions",
-    "conv_bias": "SGConv has a skip in place of a bias; the stem and the downsampling always have theirs",
-    "use_grn": "the MLP is ConvNeXt's, not ConvNeXt-V2's: it has no response norm",
-    "act_layer": "the activation is always GELU",
-    "norm_layer": "the norm is always LayerNorm",
-    "norm_eps": "LayerNorm's eps is always timm's 1e-6",
-    "head_norm_first": "the head always pools first, then norms",
-    "head_hidden_size": "the head is always one linear layer",
-    "drop_block_rate": "there is no DropBlock; use drop_path_rate or drop_rate",
-    "bn_momentum": "there is no batch norm",
-    "bn_eps": "there is no batch norm",
-    "dynamic_img_size": "the model always takes any image size from 32x32 up",
-    "strict_img_size": "the model always takes any image size from 32x32 up",
-}
-# Of timm's builder, and of the wrapper that features_only=True asks for
-OWN = {"model_cls", "variant", "kwargs", "feature_cfg", "pretrained_filter_fn"}  # which are given here
-BUILDER = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "feature_cls", "out_indices"} - OWN
-
-
-def _refuse_unknown(name: str, kwargs: dict[str, Any]) -> None:
-    """One sentence for an argument that the model does not have."""
-    known = [*inspect.signature(SGConvNeXt).parameters, *sorted(BUILDER)]
-    for key, value in kwargs.items():
-        if key in WITHOUT_MEANING:
-            raise UnknownArgumentError(f"{name} has no {key} ({key}={value!r}): {WITHOUT_MEANING[key]}; leave it out")
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known[: known.index('device')])}"
-            raise UnknownArgumentError(f"{name} has no argument {key!r} ({key}={value!r}); {hint}")
-    if "out_indices" in kwargs and not kwargs.get("features_only"):
-        raise ValueError(f"{name}: out_indices={kwargs['out_indices']!r} is of features_only=True; add it")
-
-
 def _build(size: str, pretrained: bool, **kwargs: Any) -> SGConvNeXt:
     name = f"sgconvnext_{size}"
-    _refuse_unknown(name, kwargs)
+    refuse_unknown(name, kwargs, signature(SGConvNeXt).parameters)
     source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained and not source.has_weights and not source.state_dict:
         raise ValueError(

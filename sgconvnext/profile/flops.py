@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import one_line
-from ..longconv.cost import linear_interpolation
+from ..longconv.cost import image_interpolation, linear_interpolation
 from ..models.layer import SGConv, SGConv2d
 from ..training import build
 from .layer_cost import LayerCost, layer_cost
@@ -233,6 +233,10 @@ def _interpolation(inputs: list[Any], outputs: list[Any]) -> float:
     return linear_interpolation(math.prod(get_shape(outputs[0]))) / 2
 
 
+def _image_interpolation(inputs: list[Any], outputs: list[Any]) -> float:
+    return image_interpolation(get_shape(inputs[0])[2], get_shape(outputs[0])) / 2
+
+
 def _attention(inputs: list[Any], outputs: list[Any]) -> float:
     """Queries times keys, and weights times values."""
     queries, keys, values = (get_shape(value) for value in inputs[:3])
@@ -242,6 +246,7 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> float:
 HANDLERS: dict[str, Handler] = {
     "aten::einsum": _einsum,
     "aten::upsample_linear1d": _interpolation,
+    "aten::upsample_bilinear2d": _image_interpolation,
     "aten::scaled_dot_product_attention": _attention,
     **dict.fromkeys(
         [f"aten::{name}" for name in ("mean", "sum", "norm", "linalg_vector_norm", "avg_pool2d", "max_pool2d")],

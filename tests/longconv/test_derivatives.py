@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sgconvnext import SGConv, SGConv2d
 from sgconvnext.longconv import long_conv, reference
-from sgconvnext.models import layer
+from sgconvnext.models import generator
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # of a fallback in torch.vmap
 
@@ -232,9 +232,9 @@ def test_layer_in_groups_of_channels_has_second_derivatives(monkeypatch: pytest.
     x = torch.randn(2, 5, 40, dtype=torch.float64, requires_grad=True)
     want = product_over(own, x)
     by_transform = grad(lambda x: own(x).pow(3).sum())(x)
-    monkeypatch.setattr(layer, "TAPS_BYTES", 1)
-    monkeypatch.setattr(layer, "GROUP_BYTES", 2 * 4 * 40)
-    assert len(own._groups()) == 3
+    monkeypatch.setattr(generator, "TAPS_BYTES", 1)
+    monkeypatch.setattr(generator, "CHUNK_BYTES", 2 * 4 * 40)
+    assert len(own.chunks()) == 3
     assert relative_error(product_over(own, x), want) <= 1e-12
     assert relative_error(grad(lambda x: own(x).pow(3).sum())(x), by_transform) <= 1e-12
     own_jvp, whole_jvp = (jvp(m, (x.detach(),), (x.detach(),))[1] for m in (own, with_the_definition(own)))

@@ -1,4 +1,4 @@
-"""The block in pieces, as it runs on CPUs, against the block as a whole."""
+"""The block's fused forms, in chunks of tokens on CPUs and by Triton, against its forward."""
 
 import copy
 from importlib.util import find_spec
@@ -7,27 +7,27 @@ from typing import Any
 import pytest
 import torch
 from helpers import relative_error
-from timm.layers import DropPath
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from sgconvnext.models import block
+from sgconvnext.models import block, fused
 from sgconvnext.models.block import SGConvNeXtBlock
 
 SHAPE = (3, 8, 10, 7)  # 210 tokens
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block, "PIECE_TOKENS", 64)  # four pieces, which 210 does not divide into
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "CHUNK_TOKENS", 64)  # four chunks, which 210 does not divide into
 
 
 def whole(module: SGConvNeXtBlock, *arguments: Any) -> Any:
-    """The block's output, or anything else that a function makes of it, without pieces."""
-    other = copy.deepcopy(module)
-    other._works_in_pieces = lambda x: False
+    """The block's output, or anything else that a function makes of it, without chunks."""
     function, *rest = arguments
-    return function(other, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block, "fused_forward", lambda *_: None)
+        return function(copy.deepcopy(module), *rest)
 
 
 def run(module: SGConvNeXtBlock, x: Tensor) -> Tensor:
@@ -41,24 +41,24 @@ def gradients(module: SGConvNeXtBlock, x: Tensor, dy: Tensor) -> list[Tensor]:
 
 
 @pytest.fixture
-def pieces(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes that went through `_branch`."""
+def chunks(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes that the MLP saw."""
     seen: list[torch.Size] = []
-    branch = SGConvNeXtBlock._branch
-    monkeypatch.setattr(SGConvNeXtBlock, "_branch", lambda self, y: seen.append(y.shape) or branch(self, y))
+    mlp = Mlp.forward
+    monkeypatch.setattr(Mlp, "forward", lambda self, y: seen.append(y.shape) or mlp(self, y))
     return seen
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("ls_init_value", [0.5, None])
-def test_block_in_pieces_equals_the_whole(
-    ls_init_value: float | None, layout: torch.memory_format, pieces: list[torch.Size]
+def test_block_in_chunks_equals_the_whole(
+    ls_init_value: float | None, layout: torch.memory_format, chunks: list[torch.Size]
 ) -> None:
     module = SGConvNeXtBlock(8, (10, 7), ls_init_value=ls_init_value).eval()
     x = torch.randn(SHAPE).to(memory_format=layout)
     with torch.no_grad():
         y = module(x)
-    assert pieces == [(53, 8), (53, 8), (53, 8), (51, 8)]
+    assert chunks == [(53, 8), (53, 8), (53, 8), (51, 8)]
     assert y.shape == x.shape
     assert relative_error(y - x, whole(module, run, x) - x) <= 1e-6
     dy = torch.randn(SHAPE)
@@ -66,17 +66,17 @@ def test_block_in_pieces_equals_the_whole(
         assert relative_error(got, want) <= 1e-5
 
 
-def test_few_tokens_are_not_cut(pieces: list[torch.Size]) -> None:
+def test_few_tokens_are_not_cut(chunks: list[torch.Size]) -> None:
     SGConvNeXtBlock(8, (8, 8))(torch.randn(1, 8, 8, 8))
-    assert pieces == [(1, 8, 8, 8)]
+    assert chunks == [(1, 8, 8, 8)]
 
 
-def test_pieces_drop_whole_images(pieces: list[torch.Size]) -> None:
+def test_chunks_drop_whole_images(chunks: list[torch.Size]) -> None:
     module = SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0, drop_path=0.5)
     x = torch.randn(32, 8, 10, 7)
     torch.manual_seed(0)
     branch = module(x) - x
-    assert len(pieces) == 35
+    assert len(chunks) == 35
     torch.manual_seed(0)
     assert relative_error(branch, whole(module, run, x) - x) <= 1e-5
     kept = (branch.flatten(2).norm(dim=2) > 1e-6).float().mean(1)  # by image, the share of channels
@@ -84,7 +84,7 @@ def test_pieces_drop_whole_images(pieces: list[torch.Size]) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_pieces_go_through_another_drop_path(training: bool) -> None:
+def test_chunks_go_through_another_drop_path(training: bool) -> None:
     module, x = SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0).train(training), torch.randn(SHAPE)
     module.drop_path = StochasticDepth(1.0, "row").train(training)
     assert (relative_error(module(x), x) == 0) == training
@@ -92,20 +92,20 @@ def test_pieces_go_through_another_drop_path(training: bool) -> None:
     assert (relative_error(module(x), x) == 0) == (not training)
 
 
-def test_hook_sees_the_whole_map(pieces: list[torch.Size]) -> None:
+def test_hook_sees_the_whole_map(chunks: list[torch.Size]) -> None:
     module, seen = SGConvNeXtBlock(8, (10, 7)), []
     handle = module.mlp.fc1.register_forward_hook(lambda _, __, output: seen.append(output.shape))
     module(torch.randn(SHAPE))
     assert seen == [(3, 10, 7, 32)]
     handle.remove()
     module(torch.randn(SHAPE))
-    assert len(pieces) == 1 + 4
+    assert len(chunks) == 1 + 4
     with nn.modules.module.register_module_forward_hook(lambda _, __, output: seen.append(output.shape)):
         module(torch.randn(SHAPE))
     assert (3, 10, 7, 32) in seen[1:]
 
 
-def test_pieces_go_through_a_replaced_layer() -> None:
+def test_chunks_go_through_a_replaced_layer() -> None:
     """Adapters put their own module in the place of a Linear."""
     module, x = SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0).eval(), torch.randn(SHAPE)
     before = module(x)
@@ -114,7 +114,7 @@ def test_pieces_go_through_a_replaced_layer() -> None:
     assert relative_error(module(x), whole(module, run, x)) <= 1e-6
 
 
-def test_pieces_under_autocast_equal_the_whole() -> None:
+def test_chunks_under_autocast_equal_the_whole() -> None:
     module, x = SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0).eval(), torch.randn(SHAPE)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = module(x)
@@ -137,7 +137,7 @@ def test_fused_block_equals_the_whole(drop_path: float) -> None:
         torch.manual_seed(0)
         shortcut = x.clone().requires_grad_()
         with torch.autocast(device, torch.float16):
-            assert block_._runs_triton(shortcut) == (block_ is module)
+            assert (fused.fused_forward(block_, shortcut) is fused.triton_form) == (block_ is module)
             y = block_(shortcut)
         found.append([y - x, *torch.autograd.grad(y, [shortcut, *block_.parameters()], dy)])
         assert y.dtype == torch.float32
@@ -162,7 +162,7 @@ def test_fused_block_has_second_derivatives() -> None:
     def product(module: SGConvNeXtBlock) -> list[torch.Tensor]:
         inputs = [x, *module.parameters()]
         with torch.autocast(device, torch.float16):
-            assert module._runs_triton(x) == (module is not other)
+            assert (fused.fused_forward(module, x) is fused.triton_form) == (module is not other)
             first = torch.autograd.grad(module(x).pow(3).mean(), inputs, create_graph=True)
         return list(torch.autograd.grad(sum(t.square().sum() for t in first), inputs))
 

@@ -8,9 +8,14 @@ import torch.nn.functional as F
 from helpers import mixers, relative_error, small_model
 from torch import Tensor
 
-from sgconvnext.models.kernel import kernel_norm, lag_taps, multiscale_kernel, num_scales_for, scale_dim_for
-
-HALF = (0.5, 0.5)
+from sgconvnext.models.kernel import (
+    kernel_options,
+    l2_norm,
+    lag_taps,
+    multiscale_kernel,
+    num_scales_for,
+    scale_dim_for,
+)
 
 
 def rows(*scales: list[float]) -> Tensor:
@@ -27,7 +32,7 @@ BY_HAND = rows([1, 2], [3, -1], [4, 8], [8, 16])
 def test_kernel_matches_the_equation_worked_out_by_hand(length: int) -> None:
     scales = [1, 2], [1.5, -0.5], [1, 1.25, 1.75, 2], [1, 1, 1.125, 1.375, 1.625, 1.875, 2, 2]
     want = torch.tensor([tap for scale in scales for tap in scale][:length])
-    got = multiscale_kernel(BY_HAND, length, "scale", HALF, 1.0)
+    got = multiscale_kernel(BY_HAND, length, kernel_options())
     assert got.shape == (1, 1, length)
     assert relative_error(got[0, 0], want) <= 1e-6
 
@@ -41,12 +46,12 @@ def test_kernel_matches_the_equation_worked_out_by_hand(length: int) -> None:
     ],
 )
 def test_decay_by_position_is_a_power_law_without_alpha(exponent: float, want: list[float]) -> None:
-    got = multiscale_kernel(BY_HAND[:, :3], 7, "position", HALF, exponent)
+    got = multiscale_kernel(BY_HAND[:, :3], 7, kernel_options(decay="position", exponent=exponent))
     assert relative_error(got[0, 0], torch.tensor(want)) <= 1e-6
 
 
 def test_alpha_runs_over_the_channels_evenly_in_its_inverse() -> None:
-    got = multiscale_kernel(torch.ones(1, 3, 3, 1), 4, "scale", (1.0, 1 / 3), 1.0)
+    got = multiscale_kernel(torch.ones(1, 3, 3, 1), 4, kernel_options(alpha=(1.0, 1 / 3)))
     want = torch.tensor([[1, 1, 1, 1], [1, 1 / 2, 1 / 4, 1 / 4], [1, 1 / 3, 1 / 9, 1 / 9]])
     assert relative_error(got[0], want) <= 1e-6
 
@@ -55,7 +60,7 @@ def test_alpha_runs_over_the_channels_evenly_in_its_inverse() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scales_are_upsampled_as_interpolate_does(dtype: torch.dtype, length: int) -> None:
     weight = torch.randn(2, 5, 4, 3, dtype=dtype)
-    got = multiscale_kernel(weight, length, "scale", (0.7, 0.7), 1.0)
+    got = multiscale_kernel(weight, length, kernel_options(alpha=0.7))
     for direction in range(2):
         for channel in range(4):
             scales = [
@@ -68,7 +73,7 @@ def test_scales_are_upsampled_as_interpolate_does(dtype: torch.dtype, length: in
 
 def test_norm_is_the_l2_norm_of_each_kernel() -> None:
     kernel = torch.tensor([[[3.0, 4.0], [0.0, 2.0]], [[-8.0, 6.0], [5.0, 12.0]]])
-    assert torch.equal(kernel_norm(kernel), torch.tensor([[[5.0], [2.0]], [[10.0], [13.0]]]))
+    assert torch.equal(l2_norm(kernel), torch.tensor([[[5.0], [2.0]], [[10.0], [13.0]]]))
 
 
 def test_kernels_of_every_stage_start_with_unit_norm() -> None:
@@ -79,7 +84,7 @@ def test_kernels_of_every_stage_start_with_unit_norm() -> None:
         assert kernel.shape == (2, layer.channels, layer.length)
         assert relative_error(kernel.norm(dim=-1), torch.ones(2, layer.channels)) <= 1e-6
         # the norm counts the taps in use: the cut scales alone are longer, and would give another Z
-        whole = multiscale_kernel(layer.weight, 16 * layer.weight.shape[-1], "scale", HALF, 1.0)
+        whole = multiscale_kernel(layer.weight, 16 * layer.weight.shape[-1], kernel_options())
         cut = whole[..., : layer.length].double().norm(dim=-1, keepdim=True)
         assert relative_error(layer.kernel_norm, cut) <= 1e-6
 

@@ -8,11 +8,11 @@ import torch
 from helpers import BACKENDS_HERE, refused, relative_error
 from torch import Tensor, nn
 
-import sgconvnext.models.layer
 from sgconvnext import SGConv, SGConv2d
 from sgconvnext.longconv import BACKENDS, reference
+from sgconvnext.models import generator
+from sgconvnext.models.input_size import resize_taps
 from sgconvnext.models.kernel import lag_taps
-from sgconvnext.models.layer import resize_taps
 
 HALVES = [torch.bfloat16, torch.float16]
 scripting = pytest.mark.filterwarnings("ignore:.*torch.jit:Warning")
@@ -558,7 +558,7 @@ def test_input_that_is_not_floating_point_is_refused(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("length", [50, 37])
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "alpha": (1, 1 / 3)}, {"decay": "position"}], ids=str)
-def test_groups_of_channels_equal_all_at_once(
+def test_chunks_of_channels_equal_all_at_once(
     options: dict[str, object], length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -567,8 +567,8 @@ def test_groups_of_channels_equal_all_at_once(
     inputs = [x, *whole.parameters()]
     y = whole(x)
     want = torch.autograd.grad(y, inputs, dy)
-    monkeypatch.setattr(sgconvnext.models.layer, "TAPS_BYTES", 1)
-    monkeypatch.setattr(sgconvnext.models.layer, "GROUP_BYTES", 2 * 4 * 50)  # two channels, and one is left over
+    monkeypatch.setattr(generator, "TAPS_BYTES", 1)
+    monkeypatch.setattr(generator, "CHUNK_BYTES", 2 * 4 * 50)  # two channels, and one is left over
     torch.manual_seed(0)
     cut = SGConv(7, 50, scale_dim=4, **options)
     assert relative_error(cut.kernel_norm, whole.kernel_norm) <= 1e-6

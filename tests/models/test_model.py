@@ -326,7 +326,7 @@ def test_init_weights_completes_a_model_that_is_sharded_on_the_meta_device() -> 
     for layer in mixers(model):
         whole = layer.weight.full_tensor()
         assert 0.5 < whole.std() < 1.5
-        kernel = multiscale_kernel(whole, layer.length, layer.decay, layer.alpha, layer.exponent) / layer.kernel_norm
+        kernel = multiscale_kernel(whole, layer.length, layer.options) / layer.kernel_norm
         assert relative_error(kernel.norm(dim=-1), torch.ones_like(kernel[..., 0])) <= 1e-6
     model.train()(images()).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

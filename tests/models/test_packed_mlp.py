@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sgconvnext.models import packed_mlp
 from sgconvnext.models.block import SGConvNeXtBlock
+from sgconvnext.models.kept import _KEPT
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
 SHAPE = (2, 16, 6, 7)
@@ -48,11 +49,11 @@ def exact(block: SGConvNeXtBlock, x: Tensor) -> Tensor:
 def test_packed_mlp_is_the_mlp(images: int, ls_init_value: float | None, layout: torch.memory_format) -> None:
     block, x = fixed_block(ls_init_value), torch.randn(images, *SHAPE[1:]).to(memory_format=layout)
     block(x)
-    assert block._packed is None  # gradients are asked for
+    assert block not in _KEPT  # gradients are asked for
     if ls_init_value == 1e-6:  # or the sum would hide the branch
         x = x * 1e-6
     y = branch(block, x)
-    assert block._packed is not None
+    assert block in _KEPT
     assert relative_error(y, exact(block, x)) <= 2e-6
 
 
@@ -107,7 +108,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 def test_packed_weights_follow_every_change(change: Callable[[Any], object]) -> None:
     block, x = fixed_block(), torch.randn(SHAPE)
     before = branch(block, x)
-    assert block._packed is not None
+    assert block in _KEPT
     with torch.no_grad():
         change(block)
     after = branch(block, x)
@@ -121,7 +122,7 @@ def test_packed_weights_follow_an_optimiser(options: dict[str, bool]) -> None:
     block, x = fixed_block(), torch.randn(SHAPE)
     before = branch(block, x)
     optimizer = torch.optim.AdamW(block.parameters(), lr=0.1, **options)
-    with nn.modules.module.register_module_forward_hook(lambda *_: None):  # under which no block works in pieces
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):  # under which no form stands in
         block(x).square().sum().backward()
     optimizer.step()
     assert relative_error(branch(block, x), exact(block, x)) <= 2e-6
@@ -160,7 +161,7 @@ def test_what_the_operators_cannot_do_is_not_packed(
     block = fixed_block()
     prepare(block)
     assert branch(block.to(dtype), torch.randn(SHAPE, dtype=dtype)).isfinite().all()
-    assert block._packed is None
+    assert block not in _KEPT
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # which that switch also sets
@@ -175,7 +176,8 @@ def test_switches_are_heeded() -> None:
     branch(made_in_inference_mode, x)
     want = branch(copy.deepcopy(block), x)
     assert relative_error(torch.vmap(functools.partial(branch, block))(x[:, None])[:, 0], want) <= 2e-6
-    assert block._packed is made_in_inference_mode._packed is None
+    assert block not in _KEPT
+    assert made_in_inference_mode not in _KEPT
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch's own
@@ -192,10 +194,9 @@ def test_forward_mode_derivatives_are_not_lost() -> None:
 def test_weights_of_another_dtype_are_given_up() -> None:
     block, x = fixed_block(), torch.randn(SHAPE)
     branch(block, x)
-    assert block._packed is not None
-    assert block.sgconv._frozen is not None
-    block.to(torch.bfloat16)
-    assert block._packed is block.sgconv._frozen is None
+    assert block in _KEPT
+    branch(block.to(torch.bfloat16), x.bfloat16())
+    assert block not in _KEPT
 
 
 def test_copies_pack_their_own() -> None:
@@ -205,9 +206,9 @@ def test_copies_pack_their_own() -> None:
     torch.save(block, saved := io.BytesIO())
     saved.seek(0)
     for other in (copied, torch.load(saved, weights_only=False)):
-        assert other._packed is None
+        assert other not in _KEPT
         assert torch.equal(branch(other, x), want)
-        assert other._packed is not None
+        assert other in _KEPT
     assert not any("packed" in name for name in block.state_dict())
 
 
@@ -238,7 +239,7 @@ def test_torch_without_the_operators_runs_the_mlp_as_it_is(
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", operator)
     block, x = fixed_block(), torch.randn(SHAPE)
     assert relative_error(branch(block, x), exact(block, x)) <= 2e-6
-    assert block._packed is None
+    assert block not in _KEPT
 
 
 class Seen(TorchDispatchMode):
@@ -256,7 +257,7 @@ class Seen(TorchDispatchMode):
 def test_whoever_looks_at_the_operators_sees_ordinary_ones() -> None:
     block, x = fixed_block(), torch.randn(SHAPE)
     want = branch(block, x)
-    assert block._packed is not None
+    assert block in _KEPT
     with Seen() as seen:
         got = branch(block, x)
     assert "aten::addmm" in seen.names

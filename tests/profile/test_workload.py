@@ -90,7 +90,7 @@ def test_model_takes_arguments_of_its_own() -> None:
     assert isinstance(build.from_spec("convnext_atto", (64, 96)), timm.models.ConvNeXt)
     numbers: Any = build.from_spec("sgconvnext_atto,ls_init_value=1e-3,alpha=(0.5,0.25),num_classes=0")
     assert float(numbers.stages[0].blocks[0].gamma[0]) == pytest.approx(1e-3)
-    assert numbers.stages[0].blocks[0].sgconv.alpha == (0.5, 0.25)
+    assert numbers.stages[0].blocks[0].sgconv.options.alpha == (0.5, 0.25)
 
 
 @pytest.mark.parametrize(

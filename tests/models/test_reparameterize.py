@@ -1,4 +1,4 @@
-"""Taps that are kept: in evaluation, where they must never be stale, and for good, by reparameterize."""
+"""Layers that `reparameterize` gave fixed taps: the same outputs, no parameters, and nothing kept that is stale."""
 
 import copy
 from collections.abc import Callable
@@ -13,7 +13,9 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from sgconvnext import SGConv, SGConv2d
+from sgconvnext.longconv import freeze
 from sgconvnext.models import layer
+from sgconvnext.models.kept import _KEPT, forget
 
 scripting = pytest.mark.filterwarnings("ignore:.*torch.jit:Warning", "ignore:.*torch.jit.*:DeprecationWarning")
 
@@ -23,93 +25,72 @@ def images(*shape: int) -> Tensor:
 
 
 def rebuilt(module: nn.Module, x: Tensor) -> Tensor:
-    """The output with taps made anew, as where gradients are asked for."""
+    """The output of a forward that keeps nothing, as where gradients are asked for."""
     with torch.enable_grad():
         return module(x).detach()
 
 
 @torch.no_grad()
-def kept(module: nn.Module, x: Tensor) -> Tensor:
+def inferred(module: nn.Module, x: Tensor) -> Tensor:
     y: Tensor = module(x)
     return y
 
 
-def step(module: nn.Module) -> None:
-    module(images(2, 6, 8, 8)).sum().backward()
-    torch.optim.AdamW(module.parameters(), lr=0.1).step()
+def fixed(module: Any) -> Any:
+    module.reparameterize()
+    return module
 
 
-def average(module: nn.Module) -> None:
-    other = copy.deepcopy(module)
-    nn.init.normal_(other.weight)
-    torch._foreach_lerp_(list(module.state_dict().values()), list(other.state_dict().values()), 0.5)
-
-
-def other_state() -> dict[str, Tensor]:
-    return SGConv2d(6, 8).state_dict()
-
-
-CHANGES: dict[str, Callable[[Any], object]] = {
-    "in place": lambda m: nn.init.normal_(m.weight),
-    "through data": lambda m: m.weight.data.mul_(-2.0),
-    "data replaced": lambda m: setattr(m.skip, "data", torch.randn(6)),
-    "through numpy": lambda m: m.skip.detach().numpy().fill(3.0),
-    "norm": lambda m: m.kernel_norm.mul_(2.0),
-    "one element": lambda m: m.weight.data[1, 2, 3].add_(1.0),
-    "parameter replaced": lambda m: setattr(m, "weight", nn.Parameter(torch.randn_like(m.weight))),
-    "optimiser": step,
-    "average": average,
-    "loaded": lambda m: m.load_state_dict(other_state()),
-    "loaded by assignment": lambda m: m.load_state_dict(other_state(), assign=True),
-    "initialised": lambda m: m.reset_parameters(),
-    "rebuilt and back": lambda m: (m.set_input_size(12), m.set_input_size(8), nn.init.normal_(m.weight)),
-    "decay": lambda m: setattr(m, "alpha", (0.9, 0.9)),
-    "kind of decay": lambda m: setattr(m, "decay", "position"),
-    "through float64": lambda m: (m.double(), m.weight.data.neg_(), m.float()),
-    "trained in between": lambda m: (m.train(), step(m), m.eval()),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_kept_taps_are_never_stale(change: Callable[[Any], object]) -> None:
+@pytest.mark.parametrize("write", [lambda m: m.weight.data.mul_(-2.0), lambda m: m.skip.detach().numpy().fill(3.0)])
+def test_evaluation_keeps_no_taps_of_a_layer_with_parameters(write: Callable[[Any], object]) -> None:
     module, x = SGConv2d(6, 8).eval(), images(2, 6, 8, 8)
-    before = kept(module, x)
-    assert relative_error(before, rebuilt(module, x)) <= 1e-6
-    change(module)
-    after = kept(module, x)
-    assert relative_error(after, rebuilt(module, x)) <= 1e-6
-    assert relative_error(after, before) > 1e-3
+    before = inferred(module, x)
+    write(module)
+    assert relative_error(inferred(module, x), rebuilt(module, x)) <= 1e-6
+    assert relative_error(inferred(module, x), before) > 1e-3
+    assert module not in _KEPT
 
 
-@pytest.mark.parametrize("name", ["exponent", "backend"])
-def test_kept_taps_follow_options(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, x = SGConv2d(6, 8, decay="position", backend="fft").eval(), images(2, 6, 8, 8)
-    kept(module, x)
-    first = module._frozen
-    setattr(module, name, {"exponent": 3.0, "backend": "toeplitz"}[name])
-    assert relative_error(kept(module, x), rebuilt(module, x)) <= 1e-6
-    assert module._frozen is not first
-
-
-def test_kept_taps_follow_size_batch_and_dtype() -> None:
-    module = SGConv2d(6, 8).eval()
+def test_kept_convolution_follows_size_batch_dtype_and_backend() -> None:
+    module = fixed(SGConv2d(6, 8, backend="fft").eval())
     for shape in [(2, 6, 8, 8), (2, 6, 5, 9), (1, 6, 8, 8), (2, 6, 8, 8), (2, 6, 9, 5)]:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             x = images(*shape).to(dtype)
-            y = kept(module, x)
+            y = inferred(module, x)
             assert y.dtype == dtype
             assert relative_error(y, rebuilt(module, x)) <= (1e-2 if dtype == torch.bfloat16 else 1e-6)
+    first = _KEPT[module]
+    module.backend = "toeplitz"
+    assert relative_error(inferred(module, x), rebuilt(module, x)) <= 1e-2
+    assert _KEPT[module] is not first
+
+
+def test_fixed_taps_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(layer, "freeze", lambda *a: made.append(1) or freeze(*a))
+    module, x = fixed(SGConv2d(6, 8)), images(2, 6, 8, 8)
+    for _ in range(3):
+        inferred(module, x)
+        rebuilt(module, x)
+    assert len(made) == 1
+    copied = copy.deepcopy(module)
+    assert copied not in _KEPT
+    inferred(copied, x)
+    assert len(made) == 2
+    forget(module)
+    inferred(module, x)
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("length", [1, 8, 11, 16])
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_kept_taps_of_a_signal_are_those_that_it_reaches(bidirectional: bool, length: int) -> None:
+def test_taps_of_a_signal_are_those_that_it_reaches(bidirectional: bool, length: int) -> None:
     module, x = SGConv(6, 16, scale_dim=4, bidirectional=bidirectional).eval(), images(2, 6, length)
     want = rebuilt(module, x)
-    for frozen in (False, True):
-        if frozen:
+    for reparameterized in (False, True):
+        if reparameterized:
             module.reparameterize()
-        assert relative_error(kept(module, x), want) <= 1e-6
+        assert relative_error(inferred(module, x), want) <= 1e-6
 
 
 def test_taps_are_made_once_in_evaluation_and_anew_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,23 +100,14 @@ def test_taps_are_made_once_in_evaluation_and_anew_in_training(monkeypatch: pyte
     module, x = SGConv2d(6, 8), images(2, 6, 8, 8)
     made.clear()
     for _ in range(3):
-        kept(module.eval(), x)
+        inferred(module.eval(), x)
     assert len(made) == 1
     copied = copy.deepcopy(module)
-    assert copied._frozen is None
+    assert copied._fixed_model is None
     for _ in range(3):
-        kept(module.train(), x)
+        inferred(module.train(), x)
         rebuilt(module.eval(), x)
     assert len(made) == 7
-
-
-def test_gradients_flow_in_evaluation_after_taps_were_kept() -> None:
-    module, x = SGConv2d(6, 8).eval(), images(2, 6, 8, 8)
-    with torch.inference_mode():
-        module(x)
-    module(x).square().sum().backward()
-    assert float(module.weight.grad.norm()) > 0
-    assert float(module.skip.grad.norm()) > 0
 
 
 @pytest.mark.parametrize("backend", ["auto", "fft", "toeplitz", "dft", "reference"])
@@ -149,26 +121,26 @@ def test_reparameterized_layer_gives_the_same_at_every_size(options: dict[str, A
     assert {name for name, _ in module.named_parameters()} == set()
     assert set(module.state_dict()) == {"taps"}
     for x, y in zip(inputs, want, strict=True):
-        assert relative_error(kept(module, x), y) <= 1e-6
+        assert relative_error(inferred(module, x), y) <= 1e-6
         assert relative_error(rebuilt(module, x), y) <= 1e-6
 
 
 def test_timm_finds_every_layer_and_the_model_gives_the_same() -> None:
     model, x = small_model(), images(2, 3, 64, 64)
-    frozen = reparameterize_model(model)
-    assert relative_error(kept(frozen, x), kept(model, x)) <= 1e-6
-    assert sum(p.numel() for p in frozen.parameters()) == sum(
+    fixed_model = reparameterize_model(model)
+    assert relative_error(inferred(fixed_model, x), inferred(model, x)) <= 1e-6
+    assert sum(p.numel() for p in fixed_model.parameters()) == sum(
         p.numel() for name, p in model.named_parameters() if "sgconv" not in name
     )
-    assert "reparameterized" in str(frozen.stages[0].blocks[0].sgconv)
-    gradient = torch.autograd.grad(frozen(x.requires_grad_()).sum(), x)[0]  # as for a receptive field
+    assert "reparameterized" in str(fixed_model.stages[0].blocks[0].sgconv)
+    gradient = torch.autograd.grad(fixed_model(x.requires_grad_()).sum(), x)[0]  # as for a receptive field
     assert relative_error(gradient, torch.autograd.grad(model(x).sum(), x)[0]) <= 1e-5
 
 
-def test_taps_of_a_reparameterized_layer_are_not_stale_either() -> None:
+def test_taps_of_a_reparameterized_layer_are_never_stale() -> None:
     module, x = SGConv2d(6, 8).eval(), images(2, 6, 8, 8)
     module.reparameterize()
-    kept(module, x)
+    inferred(module, x)
     other = SGConv2d(6, 8)
     other.reparameterize()
     changes: list[Callable[[], object]] = [
@@ -179,18 +151,10 @@ def test_taps_of_a_reparameterized_layer_are_not_stale_either() -> None:
         lambda: setattr(module.taps, "data", torch.randn(6, 127)),
     ]
     for change in changes:
-        before = kept(module, x)
+        before = inferred(module, x)
         change()
-        assert relative_error(kept(module, x), rebuilt(module, x)) <= 1e-6
-        assert relative_error(kept(module, x), before) > 1e-3
-
-
-def test_kept_taps_follow_a_map_turned_on_its_side() -> None:
-    module, x = SGConv2d(4, (4, 6)).eval(), images(2, 4, 4, 6)
-    before = kept(module, x)
-    module.set_input_size((6, 4))
-    assert relative_error(kept(module, x), rebuilt(module, x)) <= 1e-6
-    assert relative_error(kept(module, x), before) > 1e-3
+        assert relative_error(inferred(module, x), rebuilt(module, x)) <= 1e-6
+        assert relative_error(inferred(module, x), before) > 1e-3
 
 
 def test_reparameterized_layer_refuses_what_needs_parameters() -> None:
@@ -205,7 +169,7 @@ def test_reparameterized_layer_refuses_what_needs_parameters() -> None:
         with refused("SGConv2d", "reparameterized", refusal, "load the trained weights"):
             call()
     assert not module.eval().training
-    assert kept(module, x).shape == x.shape
+    assert inferred(module, x).shape == x.shape
     model = reparameterize_model(small_model())
     with refused("reparameterized", "train"):
         model.train()
@@ -216,12 +180,12 @@ def test_reparameterized_layer_refuses_what_needs_parameters() -> None:
 
 def test_state_dict_says_what_is_reparameterized(tmp_path: Path) -> None:
     model, x = small_model(), images(2, 3, 64, 64)
-    frozen = reparameterize_model(model)
-    torch.save(frozen.state_dict(), tmp_path / "frozen.pth")
-    state = torch.load(tmp_path / "frozen.pth", weights_only=True)
+    fixed_model = reparameterize_model(model)
+    torch.save(fixed_model.state_dict(), tmp_path / "fixed_model.pth")
+    state = torch.load(tmp_path / "fixed_model.pth", weights_only=True)
     again = reparameterize_model(small_model())
     again.load_state_dict(state)
-    assert relative_error(kept(again, x), kept(model, x)) <= 1e-6
+    assert relative_error(inferred(again, x), inferred(model, x)) <= 1e-6
     message = r"stages.0.blocks.0.sgconv: the state dict is reparameterized, .*reparameterize_model\(model"
     with pytest.raises(RuntimeError, match=message):
         small_model().load_state_dict(state)
@@ -247,7 +211,7 @@ def test_model_can_be_exported_with_any_batch() -> None:
 def test_reparameterized_model_can_be_exported_compiled_scripted_and_copied() -> None:
     model = reparameterize_model(small_model(backend="fft"))
     x = images(2, 3, 64, 64)
-    want = kept(model, x)
+    want = inferred(model, x)
     with torch.no_grad():
         others = [
             torch.export.export(model, (x,)).module(),
@@ -273,9 +237,9 @@ def test_step_of_a_reparameterized_layer_generates_the_same() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_reparameterized_model_in_half_precision(dtype: torch.dtype) -> None:
     model, x = small_model(), images(2, 3, 64, 64)
-    want = kept(model, x)
+    want = inferred(model, x)
     half = reparameterize_model(model).to(dtype)
-    assert relative_error(kept(half, x.to(dtype)), want) <= 0.1
+    assert relative_error(inferred(half, x.to(dtype)), want) <= 0.1
 
 
 def test_registered_model_is_reparameterized_by_name() -> None:
@@ -292,11 +256,11 @@ def test_layers_that_infer_can_be_mapped_over_their_parameters() -> None:
     def run(parameters: Any, buffers: Any) -> Any:
         return torch.func.functional_call(base, (parameters, buffers), (x,))
 
-    want = torch.stack([kept(layer, x) for layer in layers])
+    want = torch.stack([inferred(layer, x) for layer in layers])
     for _ in range(2):
         with torch.no_grad():
             assert relative_error(torch.vmap(run)(*stacked), want) <= 1e-6
-        assert relative_error(kept(base, x), want[0]) <= 1e-6
+        assert relative_error(inferred(base, x), want[0]) <= 1e-6
 
 
 def test_transforms_differentiate_a_layer() -> None:
