@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .algorithm import Algorithm
+from .backend import Backend, Operations
 from .precision import full_precision, product_dtype, without_autocast
 from .products import channel_chunks, multiply_into
 from .toeplitz import antidiagonal_sums
@@ -156,7 +156,7 @@ def _gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 def _plain(x: Tensor, taps: Tensor) -> Tensor:
     """Products of matrices only, for runtimes without an FFT."""
-    length, x = int(x.shape[-1]), x.to(product_dtype(x))
+    length = int(x.shape[-1])
     with without_autocast(x):
         plan = _Plan(x, taps)
         n, size = plan.blocks, plan.size
@@ -174,4 +174,19 @@ def _plain(x: Tensor, taps: Tensor) -> Tensor:
         return y.flatten(-2)[..., :length]
 
 
-ALGORITHM = Algorithm(_conv, _correlate, _gradients, prepare=lambda x: x.to(product_dtype(x)), plain=_plain)
+def flops(batch: int, channels: int, length: int, num_taps: int) -> int:
+    """FLOPs of products over n blocks of b samples: W, M and W^T for every image, and the transform of the taps once.
+
+    The transform of the taps takes 2n-1 distances between blocks to 2n waves, for each of 2b-1 lags.
+    """
+    n, size = block_shape(length)
+    per_image = 2 * (2 * n * n * size) + n * (2 * size) ** 2
+    return 2 * channels * (batch * per_image + 2 * n * (2 * n - 1) * (2 * size - 1))
+
+
+BACKEND = Backend(
+    flops,
+    Operations(_conv, _correlate, _gradients),
+    plain=_plain,
+    prepare=lambda x: x.to(product_dtype(x)),
+)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .algorithm import Algorithm
+from . import cost
+from .backend import Backend, Operations
 from .precision import full_precision, without_autocast
 from .products import channel_chunks, multiply_into
 
@@ -72,11 +73,8 @@ def _correlate(x: Tensor, dy: Tensor) -> Tensor:
     return sums
 
 
-def freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The convolution with fixed taps, whose matrix is built once if it is no larger than what is built at a time.
-
-    See `sgconvnext.longconv.freeze`.
-    """
+def _freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The convolution with fixed taps, whose matrix is built once if all channels are one chunk."""
     taps = _two_sided(taps.to(dtype), length)
     chunks = channel_chunks(taps.shape[0], length**2 * dtype.itemsize, taps.device)
     matrix = toeplitz(taps) if len(chunks) == 1 else None
@@ -108,4 +106,4 @@ def _plain(x: Tensor, taps: Tensor) -> Tensor:
         return y.to(x.dtype)  # a trace forgets that it left autocast
 
 
-ALGORITHM = Algorithm(_conv, _gradient_of_taps, plain=_plain)
+BACKEND = Backend(cost.toeplitz_conv, Operations(_conv, _gradient_of_taps), plain=_plain, freeze=_freeze)

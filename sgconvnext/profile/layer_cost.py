@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..longconv import choose_backend, cost
+from ..longconv import BACKENDS, choose_backend, cost
 from ..models.layer import SGConv, SGConv2d
 
 Layer = SGConv | SGConv2d
@@ -31,8 +31,8 @@ def layer_cost(layer: Layer, output: Tensor | tuple[Tensor, ...]) -> LayerCost:
     num_taps = 2 * length - 1 if layer.bidirectional else length
     return LayerCost(
         cost.linear_interpolation(interpolated_taps(layer)) / 2,
-        cost.algorithm(batch, channels, length) / 2,
-        cost.EXECUTED[backend](batch, channels, length, num_taps) / 2,
+        cost.paper(batch, channels, length) / 2,
+        BACKENDS[backend].flops(batch, channels, length, num_taps) / 2,
         math.prod(map(int, y.shape)),
     )
 

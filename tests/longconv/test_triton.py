@@ -244,7 +244,7 @@ def test_check_fails_on_broken_programs(
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
 def test_interpreter_would_multiply_the_bits_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_programs, "_INTERPRETED", False)
+    monkeypatch.setattr(triton_programs, "_UPCAST", False)
     with pytest.raises(AssertionError, match="relative error"):
         check(here(49, False, torch.bfloat16))
 

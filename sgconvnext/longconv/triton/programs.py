@@ -119,8 +119,8 @@ def _correlate(
     tl.store(row + C * (NUM_Q + 1) * COLUMNS, tl.sum(tl.where(below, 0.0, skewed), axis=0))
 
 
-# the interpreter multiplies the bit patterns of bfloat16, without a word
-_INTERPRETED = not isinstance(_convolve, triton.runtime.JITFunction)
+# Triton's interpreter silently multiplies the bit patterns of bfloat16; converted to float32 first, they are right
+_UPCAST = not isinstance(_convolve, triton.runtime.JITFunction)
 
 
 def convolve(x: Tensor, taps: Tensor, first_lag: int, tile: Tile) -> Tensor:
@@ -205,7 +205,7 @@ def _launch(program: Any, count: int, tensors: tuple[Tensor, ...], sizes: dict[s
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
                 DEPTH=tile.depth,
-                UPCAST=_INTERPRETED,
+                UPCAST=_UPCAST,
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )

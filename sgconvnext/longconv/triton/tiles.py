@@ -24,8 +24,8 @@ class Tile(NamedTuple):
         return self.rows * self.columns * self.depth
 
 
-# (largest batch, largest length, tile): the first that fits is taken. tests/end_to_end/test_triton_compile.py demands that each
-# compiles for sm_90 to tensor-core instructions, wide loads and no spills. None has been timed yet.
+# (largest batch, largest length, tile): the first that fits is taken. tests/end_to_end/test_triton_compile.py checks
+# that each compiles for sm_90 to tensor-core instructions, wide loads and no spills. None has been timed yet.
 CONV_TILES = (  # images x outputs, inputs in a step
     (32, 64, Tile(32, 64, 64, 4, 2)),  # up to 32 images the taps are most of what is read: read them once
     (32, ANY, Tile(32, 128, 64, 4, 3)),
