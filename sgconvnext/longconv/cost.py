@@ -30,6 +30,6 @@ def linear_interpolation(outputs: int) -> int:
     return INTERPOLATION * outputs
 
 
-def paper(batch: int, channels: int, length: int) -> int:
+def algorithm(batch: int, channels: int, length: int) -> int:
     """FLOPs of the convolution as the paper has it, by FFTs of 2L points, whatever backend runs it."""
     return fft_conv(batch, channels, 2 * length)

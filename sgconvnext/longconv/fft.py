@@ -18,8 +18,8 @@ CPU_CHUNK_BYTES, CHUNK_BYTES = 2**21, 2**28
 def fft_length(length: int) -> int:
     """A transform that a linear convolution of L samples and 2L-1 lags fits: the shortest n >= 2L-1 of 16 2^a 3^b 5^c.
 
-    Any n >= 2L-1 is exact: lags l and l - n then never both lie within -(L-1) .. L-1. These are fast in every
-    FFT library (at 224 px: 6400, 1600, 400, 128; on a CPU 400 takes 15 % less time than the shorter 392 = 8 * 7^2).
+    Any n >= 2L-1 is exact: of the lags l and l - n at most one lies within -(L-1) .. L-1. Lengths of this form are
+    fast in every FFT library (at 224 px: 6400, 1600, 400, 128; on a CPU 400 takes 15 % less time than 392 = 8 * 7^2).
     """
     n = -(-(2 * length - 1) // 16) * 16
     while not _is_smooth(n):
@@ -55,7 +55,7 @@ def plain_long_conv(x: Tensor, taps: Tensor) -> Tensor:
 def _chunks(x: Tensor) -> Iterator[tuple[slice, list[slice]]]:
     """Slices of the channels, and for each of them slices of the images: the chunks that are transformed at a time."""
     batch, channels, length = x.shape
-    if torch.compiler.is_compiling():  # a graph has no use for the loops, only their length
+    if torch.compiler.is_compiling():  # a graph would repeat its steps for every chunk
         yield slice(0, channels), [slice(0, batch)]
         return
     limit = CPU_CHUNK_BYTES if x.device.type == "cpu" else CHUNK_BYTES
@@ -99,7 +99,7 @@ def _conv(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
 
 
 def _correlate(x: Tensor, dy: Tensor, num_taps: int, dx: Tensor | None = None, taps: Tensor | None = None) -> Tensor:
-    """The gradient of the taps; that of x is written into dx, if it is given together with the taps."""
+    """The gradient of the taps. If dx and the taps are given, the gradient of x is written into dx."""
     length = x.shape[-1]
     n, dtype = fft_length(length), full_precision(x.dtype)
     dtaps = torch.zeros(x.shape[1], num_taps, dtype=dtype, device=x.device)  # zero without images
@@ -119,7 +119,7 @@ def _correlate(x: Tensor, dy: Tensor, num_taps: int, dx: Tensor | None = None, t
 
 
 def _gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Both at once transform dy once."""
+    """dx and dtaps; dy is transformed once for both."""
     dx = torch.empty_like(x)
     return dx, _correlate(x, dy, taps.shape[1], dx, taps)
 

@@ -29,23 +29,25 @@ def toeplitz(taps: Tensor) -> Tensor:
 
 
 def antidiagonal_sums(padded: Tensor) -> Tensor:
-    """sum_{i+j=l} G[c, i, j] for l = 0 .. 2L-2, of G (C, L, L) with L zeros behind every row; with rows in reverse
-    order the adjoint of `toeplitz`."""
+    """sum_{i+j=l} G[c, i, j] for l = 0 .. 2L-2, of G (C, L, L) with L zeros behind every row.
+
+    For a G with its rows in reverse order this is the adjoint of `toeplitz`.
+    """
     channels, length, _ = padded.shape
-    # rows of 2L re-read 2L-1 wide: row i moves i columns right, so antidiagonals become columns
+    # rows of 2L numbers are read again as rows of 2L-1: row i moves i columns right, and antidiagonals become columns
     return padded.flatten(1)[:, :-length].view(channels, length, 2 * length - 1).sum(1)
 
 
 def _with_unit_stride(x: Tensor) -> Tensor:
-    """A copy where samples are apart, as in a channels-last map: bmm would copy too, or multiply one by one.
+    """x, or a copy if its samples are apart, as in a channels-last map: there bmm copies too, or is slow.
 
-    A compiler lays its tensors out itself; torch 2.6 does not even let it ask for strides in a backward pass.
+    A compiler lays out its tensors itself; in a backward pass torch 2.6 cannot even compile the question for strides.
     """
     return x if torch.compiler.is_compiling() or x.stride(-1) == 1 else x.contiguous()
 
 
 def _convolve(x: Tensor, taps: Tensor, *, adjoint: bool = False, matrix: Tensor | None = None) -> Tensor:
-    """y = x T for every channel, or x T^T; T may be known already."""
+    """y = x T for every channel, or x T^T; ``matrix`` is T if it has been built already."""
     _, channels, length = x.shape
     y = torch.empty_like(x)
     rows, products = _with_unit_stride(x).transpose(0, 1), y.transpose(0, 1)
@@ -59,7 +61,7 @@ def _convolve(x: Tensor, taps: Tensor, *, adjoint: bool = False, matrix: Tensor 
 
 
 def _correlate(x: Tensor, dy: Tensor) -> Tensor:
-    """dK (C, 2L-1) = sum_{b,s} x[b, c, s] dy[b, c, s + lag], in float32 even for half precision: B*L products each."""
+    """dK (C, 2L-1) = sum_{b,s} x[b, c, s] dy[b, c, s + lag]: sums of B*L products, so in float32 at least."""
     _, channels, length = x.shape
     dtype = full_precision(x.dtype)
     rows, columns = _with_unit_stride(x).flip(-1).permute(1, 2, 0), _with_unit_stride(dy).transpose(0, 1)

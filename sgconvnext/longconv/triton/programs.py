@@ -1,7 +1,7 @@
 """The GPU programs of the "triton" backend, and how they are launched. Imports triton, so import it only to run them.
 
-One program computes one tile of one channel's matrix product; tiles.py has the sizes. Under TRITON_INTERPRET=1 the
-same programs run on the CPU, slowly, for tests. For tensors on the meta device they are compiled and not run.
+A program computes one tile of one channel's matrix product; `tiles` has the sizes. Under TRITON_INTERPRET=1 the same
+programs run on the CPU, slowly, for tests. For tensors on the meta device they are compiled and do not run.
 """
 
 import functools
@@ -38,7 +38,7 @@ def _convolve(
     program = tl.program_id(0)
     row_tiles = tl.cdiv(B, ROWS)
     column_tiles: tl.constexpr = (L + COLUMNS - 1) // COLUMNS
-    # images change fastest and channels slowest: neighbours in time find the same taps, then the same x, in the cache
+    # images change fastest and channels slowest: programs that run together find the same taps, then x, in the cache
     image = program % row_tiles * ROWS + tl.arange(0, ROWS)
     t0 = program // row_tiles % column_tiles * COLUMNS
     c = (program // (row_tiles * column_tiles)).to(tl.int64)

@@ -1,7 +1,8 @@
 """How the Triton programs cut a long convolution into tiles, and what the tensor cores multiply then.
 
-Both are matrix products, one per channel: of the signals with the Toeplitz matrix of the taps (images x inputs x
-outputs), and of dy with x (outputs x images x inputs), whose diagonals sum to the gradient of the taps.
+There are two programs, with one matrix product per channel each. The convolution multiplies the signals by the
+Toeplitz matrix of the taps (images x inputs x outputs). The gradient of the taps multiplies dy by x (outputs x images
+x inputs): the sums over the diagonals of this product are the gradient.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 """Long convolution on a GPU's tensor cores: a Toeplitz matrix product whose matrix is never built. O(L^2).
 
-For x in half precision on a CUDA device; taps are rounded to its dtype. Sums are in float32, always in the same order.
-Under autocast x is cast as a convolution's input is, and y has that dtype. Each length and number of channels is
-compiled when it is first seen, which takes seconds.
+For x in half precision on a CUDA device; taps are rounded to the dtype of x. Sums are in float32, always in the same
+order. Under autocast x is cast as the input of a convolution is, and y has the dtype of autocast. Every new length or
+number of channels has the programs compiled again, which takes seconds.
 """
 
 import importlib.util
