@@ -47,7 +47,7 @@ def long_conv(x: Tensor, taps: Tensor, backend: Backend) -> Tensor:
 def _again(operations: Operations) -> Operations:
     """The same operations in a form that is differentiable itself.
 
-    A compiled graph has no second derivatives, and its compiler sees no function within another one's backward.
+    A compiled graph has no second derivatives, and its compiler cannot see a Function in the backward of another one.
     """
     if torch.compiler.is_compiling():
         return operations

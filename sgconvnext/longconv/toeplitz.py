@@ -4,6 +4,7 @@ Products are in the dtype of x; the gradient of the taps is summed in float32. T
 taps, so it is not kept but built again in backward.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -46,56 +47,43 @@ def _with_unit_stride(x: Tensor) -> Tensor:
     return x if torch.compiler.is_compiling() or x.stride(-1) == 1 else x.contiguous()
 
 
-def _convolve(x: Tensor, taps: Tensor, *, adjoint: bool = False, matrix: Tensor | None = None) -> Tensor:
+def _convolve(x: Tensor, taps: Tensor, adjoint: bool = False, matrix: Tensor | None = None) -> Tensor:
     """y = x T for every channel, or x T^T; ``matrix`` is T if it has been built already."""
     _, channels, length = x.shape
-    y = torch.empty_like(x)
-    rows, products = _with_unit_stride(x).transpose(0, 1), y.transpose(0, 1)
-    if matrix is not None:
-        multiply_into(products, rows, matrix)
+    with without_autocast(x):
+        y = torch.empty_like(x)
+        rows, products = _with_unit_stride(x).transpose(0, 1), y.transpose(0, 1)
+        if matrix is not None:
+            multiply_into(products, rows, matrix)
+            return y
+        taps = _two_sided(taps.to(x.dtype), length)
+        for chunk in channel_chunks(channels, length**2 * x.itemsize, x.device):
+            matrix = toeplitz(taps[chunk])
+            multiply_into(products[chunk], rows[chunk], matrix.mT if adjoint else matrix)
         return y
-    for chunk in channel_chunks(channels, length**2 * x.itemsize, x.device):
-        matrix = toeplitz(taps[chunk])
-        multiply_into(products[chunk], rows[chunk], matrix.mT if adjoint else matrix)
-    return y
 
 
-def _correlate(x: Tensor, dy: Tensor) -> Tensor:
-    """dK (C, 2L-1) = sum_{b,s} x[b, c, s] dy[b, c, s + lag]: sums of B*L products, so in float32 at least."""
+def _correlate(x: Tensor, dy: Tensor, num_taps: int) -> Tensor:
+    """dK[c, lag] = sum_{b,s} x[b, c, s] dy[b, c, s + lag]: sums of B*L products, so in float32 at least."""
     _, channels, length = x.shape
     dtype = full_precision(x.dtype)
-    rows, columns = _with_unit_stride(x).flip(-1).permute(1, 2, 0), _with_unit_stride(dy).transpose(0, 1)
-    chunks = channel_chunks(channels, 2 * length**2 * dtype.itemsize, x.device)
-    sums = torch.empty(channels, 2 * length - 1, dtype=dtype, device=x.device)
-    padded = torch.zeros(chunks[0].stop if chunks else 0, length, 2 * length, dtype=dtype, device=x.device)
-    for chunk in chunks:
-        own = padded[: chunk.stop - chunk.start]
-        multiply_into(own[..., :length], rows[chunk], columns[chunk])
-        sums[chunk] = antidiagonal_sums(own)
-    return sums
+    with without_autocast(x):
+        rows, columns = _with_unit_stride(x).flip(-1).permute(1, 2, 0), _with_unit_stride(dy).transpose(0, 1)
+        chunks = channel_chunks(channels, 2 * length**2 * dtype.itemsize, x.device)
+        sums = torch.empty(channels, 2 * length - 1, dtype=dtype, device=x.device)
+        padded = torch.zeros(chunks[0].stop if chunks else 0, length, 2 * length, dtype=dtype, device=x.device)
+        for chunk in chunks:
+            own = padded[: chunk.stop - chunk.start]
+            multiply_into(own[..., :length], rows[chunk], columns[chunk])
+            sums[chunk] = antidiagonal_sums(own)
+        return sums[:, 2 * length - 1 - num_taps :]
 
 
 def _freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The convolution with fixed taps, whose matrix is built once if all channels are one chunk."""
     taps = _two_sided(taps.to(dtype), length)
     chunks = channel_chunks(taps.shape[0], length**2 * dtype.itemsize, taps.device)
-    matrix = toeplitz(taps) if len(chunks) == 1 else None
-
-    def convolve(x: Tensor) -> Tensor:
-        with without_autocast(x):
-            return _convolve(x, taps, matrix=matrix)
-
-    return convolve
-
-
-def _conv(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
-    with without_autocast(x):
-        return _convolve(x, _two_sided(taps.to(x.dtype), x.shape[-1]), adjoint=adjoint)
-
-
-def _gradient_of_taps(x: Tensor, dy: Tensor, num_taps: int) -> Tensor:
-    with without_autocast(x):
-        return _correlate(x, dy)[:, 2 * x.shape[-1] - 1 - num_taps :]
+    return functools.partial(_convolve, taps=taps, matrix=toeplitz(taps) if len(chunks) == 1 else None)
 
 
 def _plain(x: Tensor, taps: Tensor) -> Tensor:
@@ -108,4 +96,4 @@ def _plain(x: Tensor, taps: Tensor) -> Tensor:
         return y.to(x.dtype)  # a trace forgets that it left autocast
 
 
-BACKEND = Backend(cost.toeplitz_conv, Operations(_conv, _gradient_of_taps), plain=_plain, freeze=_freeze)
+BACKEND = Backend(cost.toeplitz_conv, Operations(_convolve, _correlate), plain=_plain, freeze=_freeze)
