@@ -56,6 +56,7 @@ def _norm_forward(
     TILE_C: tl.constexpr,
     TILE_L: tl.constexpr,
 ) -> None:
+    """y, and the mean and 1 / std of every token, for one tile: some tokens with all their channels."""
     TOKEN_TILES: tl.constexpr = (L + TILE_L - 1) // TILE_L
     b = (tl.program_id(0) // TOKEN_TILES).to(tl.int64)
     c = tl.arange(0, TILE_C)
@@ -75,7 +76,7 @@ def _norm_forward(
 
 @triton.jit
 def _sum_in_threads(x: tl.tensor, TILE_C: tl.constexpr, TILE_L: tl.constexpr, LANES: tl.constexpr) -> tl.tensor:
-    # (TILE_C, LANES): each number is the sum of every LANES-th token, the tokens that one thread holds
+    """Sums (TILE_C, LANES), each of every LANES-th token: the tokens that one thread holds."""
     return tl.sum(tl.reshape(x, (TILE_C, TILE_L // LANES, LANES)), axis=1)
 
 
@@ -97,6 +98,7 @@ def _norm_backward(
     TILE_L: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
+    """dx for ``share`` tiles, and the sums over their tokens for dweight and dbias."""
     TOKEN_TILES: tl.constexpr = (L + TILE_L - 1) // TILE_L
     c = tl.arange(0, TILE_C)
     w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
@@ -111,8 +113,8 @@ def _norm_backward(
         g = tl.load(dy + b * (C * L) + (t[None, :] * C + c[:, None]), mask=in_map, other=0.0)
         if u.dtype != g.dtype:
             u, g = u.to(tl.float32), g.to(tl.float32)
-        # joined, x takes over dy's layout before all arithmetic: a warp then holds whole tokens, and sums over
-        # channels hardly leave it; unjoined, the compiler moves float32 around after each sum
+        # joined, x takes over the layout of dy before all arithmetic: then a warp holds whole tokens, and sums over
+        # channels hardly leave the warp; otherwise the compiler moves float32 between warps after each sum
         u, g = tl.split(tl.join(u, g))
         u, g = u.to(tl.float32), g.to(tl.float32)
         mean = tl.load(means + b * L + t, mask=t < L, other=0.0)
@@ -142,11 +144,12 @@ def _residual_forward(
     TILE_C: tl.constexpr,
     TILE_L: tl.constexpr,
 ) -> None:
+    """out for one tile."""
     TOKEN_TILES: tl.constexpr = (L + TILE_L - 1) // TILE_L
-    CHANNEL_TOKEN_TILES: tl.constexpr = (C + TILE_C - 1) // TILE_C
-    tile = tl.program_id(0) // CHANNEL_TOKEN_TILES
+    CHANNEL_TILES: tl.constexpr = (C + TILE_C - 1) // TILE_C
+    tile = tl.program_id(0) // CHANNEL_TILES
     b = (tile // TOKEN_TILES).to(tl.int64)
-    c = (tl.program_id(0) % CHANNEL_TOKEN_TILES) * TILE_C + tl.arange(0, TILE_C)
+    c = (tl.program_id(0) % CHANNEL_TILES) * TILE_C + tl.arange(0, TILE_C)
     t = (tile % TOKEN_TILES) * TILE_L + tl.arange(0, TILE_L)
     in_map = (c < C)[:, None] & (t < L)[None, :]
     tokens_inner = b * (C * L) + (c[:, None] * L + t[None, :])
@@ -174,10 +177,11 @@ def _residual_backward(
     TILE_C: tl.constexpr,
     TILE_L: tl.constexpr,
 ) -> None:
+    """dy for ``share`` tiles, and the sums over their tokens for dgamma."""
     TOKEN_TILES: tl.constexpr = (L + TILE_L - 1) // TILE_L
-    CHANNEL_TOKEN_TILES: tl.constexpr = (C + TILE_C - 1) // TILE_C
-    pid = tl.program_id(0) // CHANNEL_TOKEN_TILES
-    c = (tl.program_id(0) % CHANNEL_TOKEN_TILES) * TILE_C + tl.arange(0, TILE_C)
+    CHANNEL_TILES: tl.constexpr = (C + TILE_C - 1) // TILE_C
+    pid = tl.program_id(0) // CHANNEL_TILES
+    c = (tl.program_id(0) % CHANNEL_TILES) * TILE_C + tl.arange(0, TILE_C)
     sums = tl.zeros((TILE_C,), tl.float32)
     for tile in range(pid * share, tl.minimum((pid + 1) * share, tiles)):
         b = tl.full((), 0, tl.int64) + tile // TOKEN_TILES
