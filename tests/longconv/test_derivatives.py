@@ -157,26 +157,25 @@ def test_second_derivatives_are_close_in_every_dtype(backend: str, dtype: torch.
     assert relative_error(product(backend, dtype), product("reference", torch.float64)) <= bound
 
 
-@each_fast_backend
-def test_compiled_operator_has_no_second_derivative_and_says_so(backend: str) -> None:
+def test_compiled_operator_has_no_second_derivative_and_says_so() -> None:
     torch.compiler.reset()
     x, taps = signals(False)
-    compiled = torch.compile(lambda x, taps: long_conv(x, taps, backend), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda x, taps: long_conv(x, taps, "toeplitz"), fullgraph=True, backend="aot_eager")
     (dx,) = torch.autograd.grad(compiled(x, taps).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         dx.sum().backward()
 
 
 COMPILED = {
-    "grad": lambda f: grad(f),
     "grad of grad": lambda f: grad(lambda x: grad(f)(x).square().sum()),
     "vmap of grad": lambda f: lambda x: vmap(grad(lambda one: f(one[None])))(x),
     "jvp": lambda f: lambda x: jvp(f, (x,), (x,))[1],
 }
 
 
-@pytest.mark.parametrize("nested", COMPILED)
-@each_fast_backend
+@pytest.mark.parametrize(
+    ("backend", "nested"), [("fft", nested) for nested in COMPILED] + [(name, "grad of grad") for name in FAST[1:]]
+)
 def test_compiled_transforms_give_what_they_give_uncompiled(backend: str, nested: str) -> None:
     torch.compiler.reset()
     x, taps = (tensor.detach() for tensor in signals(False))

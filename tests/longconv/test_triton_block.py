@@ -29,7 +29,7 @@ HALVES = (torch.bfloat16, torch.float16)
 # the interpreter cuts bfloat16 off where GPUs round it: twice the error
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-4, torch.bfloat16: 5e-3}
 SHAPES = [(1, 3, 1), (3, 3, 49), (1, 40, 16), (3, 40, 197), (3, 96, 49), (1, 192, 196), (1, 768, 1), (3, 1536, 1)]
-HALF_SHAPES = [(3, 3, 49), (1, 40, 16), (3, 96, 197), (1, 768, 16), (3, 1536, 1)]
+HALF_SHAPES = [(3, 3, 49), (1, 96, 197)]
 CASES = [(shape, torch.float32, torch.float32) for shape in SHAPES] + [
     (shape, *dtypes)
     for shape in HALF_SHAPES

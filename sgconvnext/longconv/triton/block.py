@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SPOKEN = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 
 def layer_norm_channels_last(
@@ -41,7 +42,7 @@ def layer_norm_channels_last(
     _check_vector("bias", bias, x.shape[1], "C")
     dtype = x.dtype if dtype is None else dtype
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype}; y can be {_spoken(DTYPES)}")
+        raise ValueError(f"dtype={dtype}; y can be {_SPOKEN}")
     y, _ = _norm(x, weight, bias, eps, dtype)
     return y
 
@@ -85,7 +86,7 @@ def scale_residual_channels_first(
 
 def _check_map(name: str, x: Tensor) -> None:
     if x.ndim != 3 or x.dtype not in DTYPES:
-        raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}; this takes three dimensions of {_spoken(DTYPES)}")
+        raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}; this takes three dimensions of {_SPOKEN}")
     if x.shape[1] * x.shape[2] >= 2**31:
         raise ValueError(f"{name} is {tuple(x.shape)}; a sample must have fewer than 2^31 elements: split it")
 
@@ -93,12 +94,8 @@ def _check_map(name: str, x: Tensor) -> None:
 def _check_vector(name: str, vector: Tensor, size: int, letter: str) -> None:
     if vector.shape != (size,) or vector.dtype not in DTYPES:
         raise ValueError(
-            f"{name} is {tuple(vector.shape)} {vector.dtype}; {letter}={size} needs ({size},) of {_spoken(DTYPES)}"
+            f"{name} is {tuple(vector.shape)} {vector.dtype}; {letter}={size} needs ({size},) of {_SPOKEN}"
         )
-
-
-def _spoken(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 @torch.library.custom_op("sgconvnext::layer_norm_channels_last", mutates_args=())
