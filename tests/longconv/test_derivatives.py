@@ -211,9 +211,8 @@ def test_hessian_vector_product_over_a_layers_parameters(backend: str, bidirecti
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-@each_fast_backend
-def test_layer_passes_torchs_checks_of_second_derivatives(backend: str, bidirectional: bool) -> None:
-    own = SGConv(2, 6, scale_dim=2, bidirectional=bidirectional, backend=backend, dtype=torch.float64)
+def test_layer_passes_torchs_checks_of_second_derivatives(bidirectional: bool) -> None:
+    own = SGConv(2, 6, scale_dim=2, bidirectional=bidirectional, backend="fft", dtype=torch.float64)
     names = list(dict(own.named_parameters()))
     x = torch.randn(2, 2, 6, dtype=torch.float64, requires_grad=True)
 
