@@ -78,7 +78,7 @@ def contiguous(tensor: Tensor) -> Tensor:
 
 def sliced(tensor: Tensor) -> Tensor:
     """The same values as every second element, from 1 on, of a larger tensor that is NaN elsewhere."""
-    larger = torch.full([2 * size + 1 for size in tensor.shape], float("nan"), dtype=tensor.dtype)
+    larger = tensor.new_full([2 * size + 1 for size in tensor.shape], float("nan"))
     view = larger[tuple(slice(1, None, 2) for _ in tensor.shape)]
     return view.copy_(tensor)
 

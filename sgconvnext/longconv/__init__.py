@@ -5,26 +5,31 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import derivatives, dft, fft, reference, toeplitz
-from .choice import choose_backend, choose_matrix_backend
+from .backend import Backend
+from .choice import choose_backend
+from .context import is_recorded
 from .triton import toeplitz as triton_toeplitz
 
-ALGORITHMS = {
-    "fft": fft.ALGORITHM,
-    "toeplitz": toeplitz.ALGORITHM,
-    "triton": triton_toeplitz.ALGORITHM,
-    "dft": dft.ALGORITHM,
+BACKENDS: dict[str, Backend] = {
+    "fft": fft.BACKEND,
+    "toeplitz": toeplitz.BACKEND,
+    "triton": triton_toeplitz.BACKEND,
+    "dft": dft.BACKEND,
+    "reference": reference.BACKEND,
 }
-BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    **{name: functools.partial(derivatives.long_conv, algorithm=algorithm) for name, algorithm in ALGORITHMS.items()},
-    "reference": reference.long_conv,
-}
-_PLAIN = {name: algorithm.plain for name, algorithm in ALGORITHMS.items() if algorithm.plain}
-_FREEZE = {"fft": fft.freeze, "toeplitz": toeplitz.freeze}
 
-__all__ = ["BACKENDS", "available_backends", "check_backend", "choose_backend", "freeze", "long_conv"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "available_backends",
+    "check_backend",
+    "choose_backend",
+    "freeze",
+    "is_recorded",
+    "long_conv",
+]
 
 
 def check_backend(backend: str) -> None:
@@ -34,8 +39,8 @@ def check_backend(backend: str) -> None:
 
 
 def available_backends(x: Tensor) -> list[str]:
-    """Those that take x: all but "triton" take any."""
-    return [name for name in BACKENDS if name != "triton" or triton_toeplitz.refusal(x) is None]
+    """Names of the backends that take x here and now."""
+    return [name for name, backend in BACKENDS.items() if backend.refusal(x) is None]
 
 
 def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
@@ -58,8 +63,8 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
 
     Raises:
         ValueError: unknown backend, x not (B, C, L) in floating point, or taps of another shape; "triton" without
-            the package, for x on no CUDA device, or for x in full precision without autocast; "fft" in an export by
-            TorchScript to ONNX, which has no FFT that it knows.
+            the package, for x on no CUDA device, or for x in full precision without autocast; "fft" in an export to
+            ONNX by tracing, whose operators have no FFT.
     """
     check_backend(backend)
     if x.ndim != 3 or x.shape[2] == 0 or not x.is_floating_point():
@@ -70,29 +75,13 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
             f"taps are {tuple(taps.shape)}; x {tuple(x.shape)} needs ({channels}, {2 * length - 1}), or "
             f"({channels}, {length}) for a causal convolution"
         )
-    if not is_recorded():
-        return BACKENDS[choose_backend(x) if backend == "auto" else backend](x, taps)
-    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
-        if backend == "fft":
-            raise ValueError(
-                "backend 'fft' cannot be exported to ONNX with dynamo=False, which has no FFT; build the model with "
-                "backend='auto' or 'dft', or export it with dynamo=True"
-            )
-        backend = choose_matrix_backend(x) if backend == "auto" else backend
-    backend = choose_backend(x) if backend == "auto" else backend
-    return _PLAIN.get(backend, BACKENDS[backend])(x, taps)
-
-
-def is_recorded() -> bool:
-    """Whether something writes down the operators that run, to run them again: jit.trace, torch.export, make_fx."""
-    if torch.compiler.is_compiling() and not _is_exporting():
-        return False
-    return torch.jit.is_tracing() or _is_exporting() or get_proxy_mode() is not None
-
-
-def _is_exporting() -> bool:
-    asked = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 has it not, and runs what it compiles
-    return asked is not None and asked()
+    chosen = BACKENDS[choose_backend(x) if backend == "auto" else backend]
+    if reason := chosen.refusal(x):
+        raise ValueError(reason)
+    x = chosen.prepare(x)
+    if chosen.plain and (chosen.operations is None or is_recorded()):
+        return chosen.plain(x, taps)
+    return derivatives.long_conv(x, taps, chosen)
 
 
 def freeze(taps: Tensor, length: int, dtype: torch.dtype, backend: str) -> Callable[[Tensor], Tensor]:
@@ -102,8 +91,9 @@ def freeze(taps: Tensor, length: int, dtype: torch.dtype, backend: str) -> Calla
         taps: as in `long_conv`, without gradient.
         length: L of the signals.
         dtype: of the signals.
-        backend: of BACKENDS; where it has nothing to compute once, the function is `long_conv` itself.
+        backend: as in `long_conv`; where it has nothing to compute once, the function is `long_conv` itself.
     """
-    if backend in _FREEZE:
-        return _FREEZE[backend](taps, length, dtype)
+    check_backend(backend)
+    if backend != "auto" and (own := BACKENDS[backend].freeze):
+        return own(taps, length, dtype)
     return functools.partial(long_conv, taps=taps, backend=backend)

@@ -1,14 +1,10 @@
-"""What a long convolution costs, as functions of shapes.
+"""What the parts of a long convolution cost, as functions of shapes; each backend puts them together for itself.
 
 FLOPs are real additions and multiplications; a multiply-add (MAC) is two.
 """
 
 import math
-from collections.abc import Callable, Sequence
-
-from .dft import block_shape
-from .fft import fft_length
-from .triton import tiles
+from collections.abc import Sequence
 
 COMPLEX_PRODUCT = 6  # four multiplications and two additions
 INTERPOLATION = 3  # a + t (b - a), per output
@@ -25,31 +21,9 @@ def fft_conv(batch: int, channels: int, n: int) -> int:
     return channels * ((2 * batch + 1) * real_fft(n) + batch * spectrum * COMPLEX_PRODUCT)
 
 
-def toeplitz_conv(batch: int, channels: int, length: int) -> int:
-    """FLOPs of a depthwise convolution as a product with an L x L matrix per channel, its zeros included."""
+def toeplitz_conv(batch: int, channels: int, length: int, num_taps: int) -> int:
+    """FLOPs of a depthwise convolution as a product with an L x L matrix per channel, the zeros of causal taps too."""
     return 2 * batch * channels * length**2
-
-
-def tiled_conv(batch: int, channels: int, length: int, num_taps: int) -> int:
-    """FLOPs of a depthwise convolution on tensor cores, with the zeros that fill tiles up to their size.
-
-    Tiles of outputs that a causal kernel cannot reach from an input are left out.
-    """
-    return 2 * tiles.conv_macs(batch, channels, length, length - num_taps, length - 1)
-
-
-def dft_conv(batch: int, channels: int, blocks: int, size: int) -> int:
-    """FLOPs of a depthwise convolution by matrix products over n blocks of b samples.
-
-    Per image W, M and W^T of longconv.dft, and once the transform of the taps.
-    """
-    per_image = 2 * (2 * blocks * blocks * size) + blocks * (2 * size) ** 2
-    return 2 * channels * (batch * per_image + dft_response(blocks, size))
-
-
-def dft_response(blocks: int, size: int) -> int:
-    """MACs of transforming the taps of one channel, over the 2n-1 distances between blocks, for 2b-1 lags each."""
-    return 2 * blocks * (2 * blocks - 1) * (2 * size - 1)
 
 
 def linear_interpolation(outputs: int) -> int:
@@ -66,13 +40,3 @@ def image_interpolation(rows: int, shape: Sequence[int]) -> int:
 def algorithm(batch: int, channels: int, length: int) -> int:
     """FLOPs of the convolution as the paper has it, by FFTs of 2L points, whatever backend runs it."""
     return fft_conv(batch, channels, 2 * length)
-
-
-# FLOPs that each backend executes for x (B, C, L) and so many taps per channel
-EXECUTED: dict[str, Callable[[int, int, int, int], int]] = {
-    "fft": lambda batch, channels, length, _: fft_conv(batch, channels, fft_length(length)),
-    "toeplitz": lambda batch, channels, length, _: toeplitz_conv(batch, channels, length),
-    "dft": lambda batch, channels, length, _: dft_conv(batch, channels, *block_shape(length)),
-    "triton": tiled_conv,
-    "reference": lambda batch, channels, length, _: toeplitz_conv(batch, channels, length),
-}

@@ -1,6 +1,6 @@
 """Derivatives of the long convolution: of any order, backward and forward, under torch.func too, for every backend.
 
-A backend computes these, below autograd (`Algorithm`):
+The `Operations` of a backend compute these, below autograd:
 
     convolve(x, K)     y[b, c, t] = sum_s K[c, t - s] x[b, c, s]
     adjoint(y, K)      x[b, c, s] = sum_t K[c, t - s] y[b, c, t]
@@ -13,7 +13,7 @@ Each is linear in each of its two arguments, so they are one another's derivativ
     K = correlate(x, y)           dx = adjoint(y, dK)      dy = convolve(x, dK)
 
 Under torch.vmap the mapped dimension joins the channels, or the batch where only the signal has it. The older vmap of
-is_grads_batched knows no such rule, and is given plain operators.
+is_grads_batched knows no such rule, so plain operators run under it.
 """
 
 from typing import Any, TypeAlias
@@ -21,113 +21,102 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from . import fft
-from .algorithm import Algorithm
+from .backend import Backend, Operations
+from .context import is_compiled_transform, is_in_forward_mode
 
 Dims: TypeAlias = tuple[int | None, ...]
 
 
-def long_conv(x: Tensor, taps: Tensor, algorithm: Algorithm) -> Tensor:
-    """Same contract as reference.long_conv, by an algorithm. Autograd keeps x and the taps, nothing else."""
-    x = algorithm.prepare(x) if algorithm.prepare else x
-    if _forward_mode() or _compiled_transform():
-        return (algorithm.plain or fft.plain_long_conv)(x, taps)
-    y: Tensor = _Convolve.apply(x, taps, False, algorithm)
+def long_conv(x: Tensor, taps: Tensor, backend: Backend) -> Tensor:
+    """Same contract as reference.long_conv, by the operations of a backend. Autograd keeps x and the taps alone.
+
+    In forward mode plain operators run, which torch differentiates. A Function may have a rule for forward mode (jvp),
+    but torch runs that rule with forward mode off at every level: the second of two nested forward derivatives would
+    silently lack terms. Where torch.func is compiled, plain operators run too: the compiler replaces a Function by one
+    without rules for torch.func, and its second derivatives would be zero.
+    """
+    if is_in_forward_mode() or is_compiled_transform():
+        return (backend.plain or fft.plain_long_conv)(x, taps)
+    y: Tensor = _Convolve.apply(x, taps, False, backend.operations)
     return y
 
 
-def _forward_mode() -> bool:
-    """Whether forward mode is on, torch.func's or another. Then plain operators run, which torch differentiates.
+def _again(operations: Operations) -> Operations:
+    """The same operations in a form that is differentiable itself.
 
-    A Function may have a rule for forward mode (jvp). But torch runs that rule with forward mode off, at every level:
-    of two nested forward derivatives the second then silently lacks terms.
-    """
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-
-
-def _compiled_transform() -> bool:
-    """Whether torch.func is at work inside of what torch.compile compiles: there too only plain operators are right.
-
-    The compiler replaces a Function by one without rules for torch.func, and its second derivatives would be zero.
-    """
-    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def _again(algorithm: Algorithm) -> Algorithm:
-    """The algorithm with operations that are differentiable themselves.
-
-    A compiled graph has no second derivatives, and its compiler sees no function within another one's backward.
+    A compiled graph has no second derivatives, and its compiler cannot see a Function in the backward of another one.
     """
     if torch.compiler.is_compiling():
-        return algorithm
-    if _forward_mode():
+        return operations
+    if is_in_forward_mode():
         return fft.PLAIN
-    both = algorithm.gradients and (lambda x, taps, dy: _Gradients.apply(x, taps, dy, algorithm))
-    return Algorithm(
-        lambda x, taps, adjoint: _Convolve.apply(x, taps, adjoint, algorithm),
-        lambda x, dy, num_taps: _Correlate.apply(x, dy, num_taps, algorithm),
+    both = operations.gradients and (lambda x, taps, dy: _Gradients.apply(x, taps, dy, operations))
+    return Operations(
+        lambda x, taps, adjoint: _Convolve.apply(x, taps, adjoint, operations),
+        lambda x, dy, num_taps: _Correlate.apply(x, dy, num_taps, operations),
         both,
     )
 
 
-def _seen_by(algorithm: Algorithm, *tensors: Tensor) -> Algorithm:
-    """The algorithm, or plain operators for the tensors of torch's older vmap, which it can map."""
+def _seen_by(operations: Operations, *tensors: Tensor) -> Operations:
+    """The operations, or plain operators if one of the tensors is of torch's older vmap, which can map only those."""
     compiling = torch.compiler.is_compiling()
-    return fft.PLAIN if not compiling and any(map(is_legacy_batchedtensor, tensors)) else algorithm
+    return fft.PLAIN if not compiling and any(map(is_legacy_batchedtensor, tensors)) else operations
 
 
 class _Convolve(Function):
     """convolve(x, taps), or its adjoint."""
 
     @staticmethod
-    def forward(x: Tensor, taps: Tensor, adjoint: bool, algorithm: Algorithm) -> Tensor:
-        return _seen_by(algorithm, x, taps).convolve(x, taps, adjoint)
+    def forward(x: Tensor, taps: Tensor, adjoint: bool, operations: Operations) -> Tensor:
+        return _seen_by(operations, x, taps).convolve(x, taps, adjoint)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, taps, ctx.adjoint, ctx.algorithm = inputs
+        x, taps, ctx.adjoint, ctx.operations = inputs
         ctx.save_for_backward(x, taps)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, taps = ctx.saved_tensors
         dx = dtaps = None
-        algorithm, dy = _again(ctx.algorithm), dy.to(x.dtype)
-        if all(ctx.needs_input_grad[:2]) and algorithm.gradients and not ctx.adjoint:
-            dx, dtaps = algorithm.gradients(x, taps, dy)
+        operations, dy = _again(ctx.operations), dy.to(x.dtype)
+        if all(ctx.needs_input_grad[:2]) and operations.gradients and not ctx.adjoint:
+            dx, dtaps = operations.gradients(x, taps, dy)
         else:
             if ctx.needs_input_grad[0]:
-                dx = algorithm.convolve(dy, taps, not ctx.adjoint)
+                dx = operations.convolve(dy, taps, not ctx.adjoint)
             if ctx.needs_input_grad[1]:
                 first, second = (dy, x) if ctx.adjoint else (x, dy)
-                dtaps = algorithm.correlate(first, second, taps.shape[1])
+                dtaps = operations.correlate(first, second, taps.shape[1])
         return dx, None if dtaps is None else dtaps.to(taps.dtype), None, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Dims, x: Tensor, taps: Tensor, adjoint: bool, algorithm: Algorithm
+        info: Any, in_dims: Dims, x: Tensor, taps: Tensor, adjoint: bool, operations: Operations
     ) -> tuple[Tensor, int]:
         size = info.batch_size
         if in_dims[1] is None:
             assert in_dims[0] is not None
-            y = _Convolve.apply(x.movedim(in_dims[0], 0).flatten(0, 1), taps, adjoint, algorithm)
+            y = _Convolve.apply(x.movedim(in_dims[0], 0).flatten(0, 1), taps, adjoint, operations)
             return y.unflatten(0, (size, -1)), 0
         x, taps = _signal_by_channel(x, in_dims[0], size), _taps_by_channel(taps, in_dims[1], size)
-        return _Convolve.apply(x, taps, adjoint, algorithm).unflatten(1, (size, -1)), 1
+        return _Convolve.apply(x, taps, adjoint, operations).unflatten(1, (size, -1)), 1
 
 
 class _Correlate(Function):
     """correlate(x, dy) for the last num_taps lags."""
 
     @staticmethod
-    def forward(x: Tensor, dy: Tensor, num_taps: int, algorithm: Algorithm) -> Tensor:
-        return _seen_by(algorithm, x, dy).correlate(x, dy, num_taps)
+    def forward(x: Tensor, dy: Tensor, num_taps: int, operations: Operations) -> Tensor:
+        return _seen_by(operations, x, dy).correlate(x, dy, num_taps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, dy, ctx.num_taps, ctx.algorithm = inputs
+        x, dy, _, ctx.operations = inputs
         ctx.save_for_backward(x, dy)
         ctx.set_materialize_grads(False)
 
@@ -136,32 +125,32 @@ class _Correlate(Function):
         if taps is None:
             return None, None, None, None
         x, dy = ctx.saved_tensors
-        algorithm = _again(ctx.algorithm)
-        of_x = algorithm.convolve(dy, taps, True) if ctx.needs_input_grad[0] else None
-        of_dy = algorithm.convolve(x, taps, False) if ctx.needs_input_grad[1] else None
+        operations = _again(ctx.operations)
+        of_x = operations.convolve(dy, taps, True) if ctx.needs_input_grad[0] else None
+        of_dy = operations.convolve(x, taps, False) if ctx.needs_input_grad[1] else None
         return of_x, of_dy, None, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Dims, x: Tensor, dy: Tensor, num_taps: int, algorithm: Algorithm
+        info: Any, in_dims: Dims, x: Tensor, dy: Tensor, num_taps: int, operations: Operations
     ) -> tuple[Tensor, int]:
         size = info.batch_size
         x, dy = _signal_by_channel(x, in_dims[0], size), _signal_by_channel(dy, in_dims[1], size)
-        return _Correlate.apply(x, dy, num_taps, algorithm).unflatten(0, (size, -1)), 0
+        return _Correlate.apply(x, dy, num_taps, operations).unflatten(0, (size, -1)), 0
 
 
 class _Gradients(Function):
-    """adjoint(dy, taps) and correlate(x, dy) at once, for the algorithms in which they share work."""
+    """adjoint(dy, taps) and correlate(x, dy) at once, for the backends in which they share work."""
 
     @staticmethod
-    def forward(x: Tensor, taps: Tensor, dy: Tensor, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
-        algorithm = _seen_by(algorithm, x, taps, dy)
-        assert algorithm.gradients is not None
-        return algorithm.gradients(x, taps, dy)
+    def forward(x: Tensor, taps: Tensor, dy: Tensor, operations: Operations) -> tuple[Tensor, Tensor]:
+        operations = _seen_by(operations, x, taps, dy)
+        assert operations.gradients is not None
+        return operations.gradients(x, taps, dy)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.algorithm = inputs
+        *tensors, ctx.operations = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
@@ -169,22 +158,22 @@ class _Gradients(Function):
     def backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
         """u and v are the gradients of dx and of dtaps."""
         x, taps, dy = ctx.saved_tensors
-        algorithm, needs = _again(ctx.algorithm), ctx.needs_input_grad
-        of_x = algorithm.convolve(dy, v, True) if needs[0] and v is not None else None
-        of_taps = algorithm.correlate(u, dy, taps.shape[1]).to(taps.dtype) if needs[1] and u is not None else None
-        of_dy = algorithm.convolve(u, taps, False) if needs[2] and u is not None else None
+        operations, needs = _again(ctx.operations), ctx.needs_input_grad
+        of_x = operations.convolve(dy, v, True) if needs[0] and v is not None else None
+        of_taps = operations.correlate(u, dy, taps.shape[1]).to(taps.dtype) if needs[1] and u is not None else None
+        of_dy = operations.convolve(u, taps, False) if needs[2] and u is not None else None
         if needs[2] and v is not None:
-            through_taps = algorithm.convolve(x, v, False)
+            through_taps = operations.convolve(x, v, False)
             of_dy = through_taps if of_dy is None else of_dy + through_taps
         return of_x, of_taps, of_dy, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Dims, x: Tensor, taps: Tensor, dy: Tensor, algorithm: Algorithm
+        info: Any, in_dims: Dims, x: Tensor, taps: Tensor, dy: Tensor, operations: Operations
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         size = info.batch_size
         x, dy = _signal_by_channel(x, in_dims[0], size), _signal_by_channel(dy, in_dims[2], size)
-        dx, dtaps = _Gradients.apply(x, _taps_by_channel(taps, in_dims[1], size), dy, algorithm)
+        dx, dtaps = _Gradients.apply(x, _taps_by_channel(taps, in_dims[1], size), dy, operations)
         return (dx.unflatten(1, (size, -1)), dtaps.unflatten(0, (size, -1))), (1, 0)
 
 

@@ -5,17 +5,17 @@ with Toeplitz matrices as taps:
 
     Y_p = sum_{q=0}^{n-1} X_q T_{p-q}        T_d (b, b) of the lags (d - 1) b + 1 .. (d + 1) b - 1
 
-A DFT of N = 2n - 1 points over the index makes that one product per frequency. With real numbers, cosine and sine of
-a frequency beside each other and its weight in both transforms, it is
+A DFT of N = 2n - 1 points over the index turns the sum into one product per frequency. In real numbers, with the
+cosine and sine of a frequency beside each other and the root of its weight in each of the two transforms, this is
 
     y = W^T M W x        W (2n, n) with W^T W = 1;  M one (2b, 2b) matrix for each of n frequencies
 
 and dM = (W x)^T (W dy), summed over the batch. dx is the convolution of dy with the taps of the opposite lags.
 
 Products are in the dtype of x; under autocast x is cast, as for any convolution. In half precision x, taps and dy are
-rounded once more after their transforms: y, dx and dtaps are 4e-3 off in bfloat16 and 5e-4 in float16, where one
-rounding of the taps and y makes 2.4e-3 and 3e-4. float32 is TF32 only if torch is told so:
-torch.backends.cuda.matmul.allow_tf32, or torch.set_float32_matmul_precision.
+rounded once more after their transforms: the relative error of y, dx and dtaps is 4e-3 in bfloat16 and 5e-4 in
+float16. Rounding the taps and y alone makes errors of 2.4e-3 and 3e-4. float32 is TF32 only if torch is told so, by
+torch.backends.cuda.matmul.allow_tf32 or torch.set_float32_matmul_precision.
 """
 
 import math
@@ -24,14 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .algorithm import Algorithm
+from .backend import Backend, Operations
 from .precision import full_precision, product_dtype, without_autocast
 from .products import channel_chunks, multiply_into
 from .toeplitz import antidiagonal_sums
 
 
 def block_shape(length: int) -> tuple[int, int]:
-    """n blocks of b samples that a signal fits in, with the fewest products: 4 n b (n + b) for W, M and W^T.
+    """n and b: the n blocks of b samples that hold a signal with the fewest products, 4 n b (n + b) for W, M and W^T.
 
     b is a multiple of 8 and n of 4, unless it is 1, so that every row of every matrix begins at a multiple of 16 bytes
     in half precision, as fast kernels need (at 224 px: 56 x 56, 20 x 40, 28 x 8 and 8 x 8 for 3136, 784, 196, 49).
@@ -61,7 +61,7 @@ def _isometry(waves: Tensor) -> Tensor:
 
 
 class _Plan:
-    """What forward and backward compute with, and the steps that they share."""
+    """Sizes, matrices and taps for one call, and the steps that forward and backward share."""
 
     def __init__(self, x: Tensor, taps: Tensor) -> None:
         self.length, self.num_taps = int(x.shape[-1]), int(taps.shape[-1])
@@ -136,7 +136,7 @@ def _conv(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
 
 
 def _correlate(x: Tensor, dy: Tensor, num_taps: int, dx: Tensor | None = None, taps: Tensor | None = None) -> Tensor:
-    """The gradient of the taps; that of x is written into dx, if it is given together with the taps."""
+    """The gradient of the taps. If dx and the taps are given, the gradient of x is written into dx."""
     dtaps = torch.zeros(x.shape[1], num_taps, dtype=full_precision(x.dtype), device=x.device)
     with without_autocast(x):
         plan = _Plan(x, dtaps if taps is None else taps)
@@ -149,14 +149,14 @@ def _correlate(x: Tensor, dy: Tensor, num_taps: int, dx: Tensor | None = None, t
 
 
 def _gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Both at once transform dy once."""
+    """dx and dtaps; dy is transformed once for both."""
     dx = torch.empty_like(x)
     return dx, _correlate(x, dy, taps.shape[1], dx, taps)
 
 
 def _plain(x: Tensor, taps: Tensor) -> Tensor:
     """Products of matrices only, for runtimes without an FFT."""
-    length, x = int(x.shape[-1]), x.to(product_dtype(x))
+    length = int(x.shape[-1])
     with without_autocast(x):
         plan = _Plan(x, taps)
         n, size = plan.blocks, plan.size
@@ -174,4 +174,19 @@ def _plain(x: Tensor, taps: Tensor) -> Tensor:
         return y.flatten(-2)[..., :length]
 
 
-ALGORITHM = Algorithm(_conv, _correlate, _gradients, prepare=lambda x: x.to(product_dtype(x)), plain=_plain)
+def flops(batch: int, channels: int, length: int, num_taps: int) -> int:
+    """FLOPs of products over n blocks of b samples: W, M and W^T for every image, and the transform of the taps once.
+
+    The transform of the taps takes 2n-1 distances between blocks to 2n waves, for each of 2b-1 lags.
+    """
+    n, size = block_shape(length)
+    per_image = 2 * (2 * n * n * size) + n * (2 * size) ** 2
+    return 2 * channels * (batch * per_image + 2 * n * (2 * n - 1) * (2 * size - 1))
+
+
+BACKEND = Backend(
+    flops,
+    Operations(_conv, _correlate, _gradients),
+    plain=_plain,
+    prepare=lambda x: x.to(product_dtype(x)),
+)

@@ -5,19 +5,21 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm
+from . import cost
+from .backend import Backend, Operations
+from .context import is_traced_to_onnx
 from .precision import full_precision, without_autocast
 
-# Bytes of padded signals that are transformed at a time. On a CPU a piece and its spectrum should stay in the cache:
+# Bytes of padded signals that are transformed at a time. On a CPU a chunk and its spectrum should stay in the cache:
 # 32 images of tiny's first stage take 125 ms at once, 45 ms one by one. Elsewhere it only bounds the memory.
-CPU_PIECE, PIECE = 2**21, 2**28
+CPU_CHUNK_BYTES, CHUNK_BYTES = 2**21, 2**28
 
 
 def fft_length(length: int) -> int:
     """A transform that a linear convolution of L samples and 2L-1 lags fits: the shortest n >= 2L-1 of 16 2^a 3^b 5^c.
 
-    Any n >= 2L-1 is exact: lags l and l - n then never both lie within -(L-1) .. L-1. These are fast in every
-    FFT library (at 224 px: 6400, 1600, 400, 128; on a CPU 400 takes 15 % less time than the shorter 392 = 8 * 7^2).
+    Any n >= 2L-1 is exact: of the lags l and l - n at most one lies within -(L-1) .. L-1. Lengths of this form are
+    fast in every FFT library (at 224 px: 6400, 1600, 400, 128; on a CPU 400 takes 15 % less time than 392 = 8 * 7^2).
     """
     n = -(-(2 * length - 1) // 16) * 16
     while not _is_smooth(n):
@@ -50,36 +52,36 @@ def plain_long_conv(x: Tensor, taps: Tensor) -> Tensor:
     return torch.fft.irfft(spectrum, n)[..., :length].to(x.dtype)
 
 
-def _pieces(x: Tensor) -> Iterator[tuple[slice, list[slice]]]:
-    """Slices of the channels, and for each of them slices of the images, that are transformed at a time."""
+def _chunks(x: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Slices of the channels, and for each of them slices of the images: the chunks that are transformed at a time."""
     batch, channels, length = x.shape
-    if torch.compiler.is_compiling():  # a graph has no use for the loops, only their length
+    if torch.compiler.is_compiling():  # a graph would repeat its steps for every chunk
         yield slice(0, channels), [slice(0, batch)]
         return
-    limit = CPU_PIECE if x.device.type == "cpu" else PIECE
-    # no fewer than threads, which take one each
+    limit = CPU_CHUNK_BYTES if x.device.type == "cpu" else CHUNK_BYTES
+    # one signal per thread at least
     signals = max(torch.get_num_threads(), limit // (fft_length(length) * full_precision(x.dtype).itemsize))
-    width = -(-channels // -(-channels // signals))  # of as many equal groups of channels as it takes
+    width = -(-channels // -(-channels // signals))  # channels of a chunk: all chunks but the last have as many
     images = max(1, signals // max(1, width))
     for first in range(0, channels, width):
         yield slice(first, first + width), [slice(i, i + images) for i in range(0, batch, images)]
 
 
 def _convolve(x: Tensor, spectrum_of: Callable[[slice], Tensor]) -> Tensor:
-    """x (B, C, L) convolved with the taps whose spectrum (c, n/2+1) that function gives for channels."""
+    """x (B, C, L) convolved with taps, given by a function from a slice of channels to their spectra (c, n/2+1)."""
     length, dtype = x.shape[-1], full_precision(x.dtype)
     n = fft_length(length)
     y = torch.empty_like(x)
-    for channels, pieces in _pieces(x):
+    for channels, batch in _chunks(x):
         spectrum = spectrum_of(channels)
-        for images in pieces:
+        for images in batch:
             transformed = torch.fft.rfft(x[images, channels].to(dtype), n)
             y[images, channels] = torch.fft.irfft(transformed.mul_(spectrum), n)[..., :length]
     return y
 
 
-def freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The convolution with fixed taps, which are transformed once; see `sgconvnext.longconv.freeze`."""
+def _freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The convolution with fixed taps, which are transformed once."""
     spectrum = _spectrum(taps.to(full_precision(dtype)), length)
 
     return lambda x: _convolve(x, spectrum.__getitem__)
@@ -97,15 +99,15 @@ def _conv(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
 
 
 def _correlate(x: Tensor, dy: Tensor, num_taps: int, dx: Tensor | None = None, taps: Tensor | None = None) -> Tensor:
-    """The gradient of the taps; that of x is written into dx, if it is given together with the taps."""
+    """The gradient of the taps. If dx and the taps are given, the gradient of x is written into dx."""
     length = x.shape[-1]
     n, dtype = fft_length(length), full_precision(x.dtype)
     dtaps = torch.zeros(x.shape[1], num_taps, dtype=dtype, device=x.device)  # zero without images
     with without_autocast(x):
-        for channels, pieces in _pieces(x):
+        for channels, batch in _chunks(x):
             spectrum = None if taps is None else _spectrum(taps[channels].to(dtype), length).conj()
             correlation: Tensor | None = None
-            for images in pieces:
+            for images in batch:
                 transformed = torch.fft.rfft(dy[images, channels].to(dtype), n)
                 if dx is not None:
                     dx[images, channels] = torch.fft.irfft(transformed * spectrum, n)[..., :length]
@@ -117,12 +119,27 @@ def _correlate(x: Tensor, dy: Tensor, num_taps: int, dx: Tensor | None = None, t
 
 
 def _gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Both at once transform dy once."""
+    """dx and dtaps; dy is transformed once for both."""
     dx = torch.empty_like(x)
     return dx, _correlate(x, dy, taps.shape[1], dx, taps)
 
 
-ALGORITHM = Algorithm(_conv, _correlate, _gradients, plain=plain_long_conv)
+def _flops(batch: int, channels: int, length: int, num_taps: int) -> int:
+    return cost.fft_conv(batch, channels, fft_length(length))
+
+
+def _refusal(x: Tensor) -> str | None:
+    if not is_traced_to_onnx():
+        return None
+    return (
+        "backend 'fft' cannot be exported to ONNX with dynamo=False, which has no FFT; build the model with "
+        "backend='auto' or 'dft', or export it with dynamo=True"
+    )
+
+
+BACKEND = Backend(
+    _flops, Operations(_conv, _correlate, _gradients), plain=plain_long_conv, refusal=_refusal, freeze=_freeze
+)
 
 
 def _plain_conv(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
@@ -146,4 +163,4 @@ def _plain_gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tenso
     return _plain_conv(dy, taps, True), _plain_correlate(x, dy, taps.shape[1])
 
 
-PLAIN = Algorithm(_plain_conv, _plain_correlate, _plain_gradients)
+PLAIN = Operations(_plain_conv, _plain_correlate, _plain_gradients)

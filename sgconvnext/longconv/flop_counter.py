@@ -1,8 +1,8 @@
 """FLOPs for torch.utils.flop_counter.FlopCounterMode, which by itself sees nothing of an FFT.
 
 Importing this module, as ``import sgconvnext`` does, adds the formulas that torch lacks: real and complex transforms,
-complex products, linear interpolation, and our Triton operators, forward and backward. They hold for every model: a
-transform is one in whatever network it runs. What torch counts already, the products of matrices, stays torch's.
+complex products, and linear interpolation, forward and backward. They hold for every model that runs in the process.
+Products of matrices are counted by torch. A backend with operators of its own registers formulas beside them.
 """
 
 import math
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import cost
-from .triton import tiles
 
 
 def _real_forward(x: Tensor, dim: list[int], *_: Any, **__: Any) -> int:
@@ -35,7 +34,7 @@ def _transforms(shape: torch.Size, dim: list[int], n: int) -> int:
 
 
 def _product(x: Any, y: Any, *_: Any, out_val: Tensor, **__: Any) -> int:
-    """A product of real numbers is elementwise, which FlopCounterMode counts for nobody."""
+    """FLOPs of complex products alone: FlopCounterMode leaves elementwise products of real numbers out."""
     complex_pair = all(isinstance(factor, Tensor) and factor.is_complex() for factor in (x, y))
     return cost.COMPLEX_PRODUCT * out_val.numel() if complex_pair else 0
 
@@ -56,21 +55,6 @@ def _bilinear_backward(dy: Tensor, _: Any, size: list[int], *__: Any, **___: Any
     return cost.image_interpolation(size[2], dy.shape)
 
 
-def _tiled_conv(x: Tensor, taps: Tensor, *_: Any, **__: Any) -> int:
-    batch, channels, length = x.shape
-    return cost.tiled_conv(batch, channels, length, taps.shape[1])
-
-
-def _tiled_conv_dx(dy: Tensor, taps: Tensor, *_: Any, **__: Any) -> int:
-    batch, channels, length = dy.shape
-    return 2 * tiles.conv_macs(batch, channels, length, 1 - length, taps.shape[1] - length)
-
-
-def _tiled_conv_dtaps(dy: Tensor, x: Tensor, num_taps: int, *_: Any, **__: Any) -> int:
-    batch, channels, length = x.shape
-    return 2 * tiles.dtaps_macs(batch, channels, length, length - num_taps)
-
-
 FORMULAS: dict[Any, Any] = {
     torch.ops.aten._fft_r2c: _real_forward,
     torch.ops.aten._fft_c2r: _real_inverse,
@@ -81,9 +65,6 @@ FORMULAS: dict[Any, Any] = {
     torch.ops.aten.upsample_linear1d_backward: _interpolation_backward,
     torch.ops.aten.upsample_bilinear2d: _bilinear,
     torch.ops.aten.upsample_bilinear2d_backward: _bilinear_backward,
-    torch.ops.sgconvnext.toeplitz_conv: _tiled_conv,
-    torch.ops.sgconvnext.toeplitz_conv_dx: _tiled_conv_dx,
-    torch.ops.sgconvnext.toeplitz_conv_dtaps: _tiled_conv_dtaps,
 }
 for _operator, _formula in FORMULAS.items():
     if _operator not in flop_registry:  # a later torch may bring its own

@@ -1,11 +1,11 @@
-"""Batched matrix products over a few channels at a time: what the backends that convolve by matrices share."""
+"""Batched matrix products, and chunks of channels to do them for: shared by the backends that convolve by matrices."""
 
 import torch
 from torch import Tensor
 
-# Bytes of the matrices that exist at a time, or one channel's where that is larger. On a CPU what its caches hold (at
-# L = 196 all 384 channels at once took three times as long); elsewhere enough to fill a device, and little beside a
-# network's activations. A compiled graph repeats its steps for every chunk, so it has few.
+# Bytes of the matrices that exist at a time; one channel may take more. A CPU's caches hold as much: at L = 196 all
+# 384 channels at once took three times as long. On an accelerator as much fills the device, and is little beside a
+# network's activations. A compiled graph repeats its steps for every chunk, so its chunks are larger.
 CHUNK_BYTES = {"cpu": 2**23}
 ACCELERATOR_CHUNK_BYTES = 2**27
 COMPILED_CHUNK_BYTES = 2**29
@@ -14,12 +14,12 @@ _BMM_TAKES_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype")  # on CUDA, in newer
 
 
 def channel_chunks(channels: int, channel_bytes: int, device: torch.device) -> list[slice]:
-    """Slices of channels, of almost equal lengths, whose matrices take at most CHUNK_BYTES together.
+    """Slices of channels, of almost equal lengths. The matrices of one slice take at most the bytes above.
 
     Args:
         channels: C.
         channel_bytes: of the matrices of one channel.
-        device: that they are on.
+        device: where the matrices are.
     """
     limit = CHUNK_BYTES.get(device.type, ACCELERATOR_CHUNK_BYTES)
     if torch.compiler.is_compiling():
@@ -31,10 +31,10 @@ def channel_chunks(channels: int, channel_bytes: int, device: torch.device) -> l
 
 
 def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b for batches (N, I, J) and (N, J, K) of one dtype, summed in that of ``out`` if that is wider.
+    """out = a b for batches (N, I, J) and (N, J, K) of one dtype, summed in the dtype of ``out`` if that is wider.
 
-    cuBLAS writes into strided views. On a CPU, bmm would then multiply one matrix after the other, and Dynamo takes
-    no strided ``out=``; there the product is copied.
+    cuBLAS writes into strided views. On a CPU, bmm would multiply one matrix after the other to do so, and Dynamo
+    takes no strided ``out=``: in both cases the product is copied.
     """
     on_gpu, compiling = out.device.type == "cuda", torch.compiler.is_compiling()
     if a.dtype != out.dtype and on_gpu and _BMM_TAKES_OUT_DTYPE:

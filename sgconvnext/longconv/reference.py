@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from . import cost
+from .backend import Backend
+
 
 def long_conv(x: Tensor, taps: Tensor) -> Tensor:
     """Depthwise convolution over the whole length, summed in float64; O(L^2) time and memory.
@@ -23,3 +26,6 @@ def long_conv(x: Tensor, taps: Tensor) -> Tensor:
     matrix = taps.double()[:, (lag - first_lag).clamp(min=0)]  # (C, t, s)
     matrix = torch.where(lag >= first_lag, matrix, 0.0)
     return torch.einsum("cts,bcs->bct", matrix, x.double()).to(x.dtype)
+
+
+BACKEND = Backend(cost.toeplitz_conv, plain=long_conv)

@@ -4,13 +4,15 @@ Products are in the dtype of x; the gradient of the taps is summed in float32. T
 taps, so it is not kept but built again in backward.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .algorithm import Algorithm
+from . import cost
+from .backend import Backend, Operations
 from .precision import full_precision, without_autocast
 from .products import channel_chunks, multiply_into
 
@@ -28,74 +30,60 @@ def toeplitz(taps: Tensor) -> Tensor:
 
 
 def antidiagonal_sums(padded: Tensor) -> Tensor:
-    """sum_{i+j=l} G[c, i, j] for l = 0 .. 2L-2, of G (C, L, L) with L zeros behind every row; with rows in reverse
-    order the adjoint of `toeplitz`."""
+    """sum_{i+j=l} G[c, i, j] for l = 0 .. 2L-2, of G (C, L, L) with L zeros behind every row.
+
+    For a G with its rows in reverse order this is the adjoint of `toeplitz`.
+    """
     channels, length, _ = padded.shape
-    # rows of 2L re-read 2L-1 wide: row i moves i columns right, so antidiagonals become columns
+    # rows of 2L numbers are read again as rows of 2L-1: row i moves i columns right, and antidiagonals become columns
     return padded.flatten(1)[:, :-length].view(channels, length, 2 * length - 1).sum(1)
 
 
 def _with_unit_stride(x: Tensor) -> Tensor:
-    """A copy where samples are apart, as in a channels-last map: bmm would copy too, or multiply one by one.
+    """x, or a copy if its samples are apart, as in a channels-last map: there bmm copies too, or is slow.
 
-    A compiler lays its tensors out itself; torch 2.6 does not even let it ask for strides in a backward pass.
+    A compiler lays out its tensors itself; in a backward pass torch 2.6 cannot even compile the question for strides.
     """
     return x if torch.compiler.is_compiling() or x.stride(-1) == 1 else x.contiguous()
 
 
-def _convolve(x: Tensor, taps: Tensor, *, adjoint: bool = False, matrix: Tensor | None = None) -> Tensor:
-    """y = x T for every channel, or x T^T; T may be known already."""
+def _convolve(x: Tensor, taps: Tensor, adjoint: bool = False, matrix: Tensor | None = None) -> Tensor:
+    """y = x T for every channel, or x T^T; ``matrix`` is T if it has been built already."""
     _, channels, length = x.shape
-    y = torch.empty_like(x)
-    rows, products = _with_unit_stride(x).transpose(0, 1), y.transpose(0, 1)
-    if matrix is not None:
-        multiply_into(products, rows, matrix)
+    with without_autocast(x):
+        y = torch.empty_like(x)
+        rows, products = _with_unit_stride(x).transpose(0, 1), y.transpose(0, 1)
+        if matrix is not None:
+            multiply_into(products, rows, matrix)
+            return y
+        taps = _two_sided(taps.to(x.dtype), length)
+        for chunk in channel_chunks(channels, length**2 * x.itemsize, x.device):
+            matrix = toeplitz(taps[chunk])
+            multiply_into(products[chunk], rows[chunk], matrix.mT if adjoint else matrix)
         return y
-    for chunk in channel_chunks(channels, length**2 * x.itemsize, x.device):
-        matrix = toeplitz(taps[chunk])
-        multiply_into(products[chunk], rows[chunk], matrix.mT if adjoint else matrix)
-    return y
 
 
-def _correlate(x: Tensor, dy: Tensor) -> Tensor:
-    """dK (C, 2L-1) = sum_{b,s} x[b, c, s] dy[b, c, s + lag], in float32 even for half precision: B*L products each."""
+def _correlate(x: Tensor, dy: Tensor, num_taps: int) -> Tensor:
+    """dK[c, lag] = sum_{b,s} x[b, c, s] dy[b, c, s + lag]: sums of B*L products, so in float32 at least."""
     _, channels, length = x.shape
     dtype = full_precision(x.dtype)
-    rows, columns = _with_unit_stride(x).flip(-1).permute(1, 2, 0), _with_unit_stride(dy).transpose(0, 1)
-    chunks = channel_chunks(channels, 2 * length**2 * dtype.itemsize, x.device)
-    sums = torch.empty(channels, 2 * length - 1, dtype=dtype, device=x.device)
-    padded = torch.zeros(chunks[0].stop if chunks else 0, length, 2 * length, dtype=dtype, device=x.device)
-    for chunk in chunks:
-        own = padded[: chunk.stop - chunk.start]
-        multiply_into(own[..., :length], rows[chunk], columns[chunk])
-        sums[chunk] = antidiagonal_sums(own)
-    return sums
+    with without_autocast(x):
+        rows, columns = _with_unit_stride(x).flip(-1).permute(1, 2, 0), _with_unit_stride(dy).transpose(0, 1)
+        chunks = channel_chunks(channels, 2 * length**2 * dtype.itemsize, x.device)
+        sums = torch.empty(channels, 2 * length - 1, dtype=dtype, device=x.device)
+        padded = torch.zeros(chunks[0].stop if chunks else 0, length, 2 * length, dtype=dtype, device=x.device)
+        for chunk in chunks:
+            own = padded[: chunk.stop - chunk.start]
+            multiply_into(own[..., :length], rows[chunk], columns[chunk])
+            sums[chunk] = antidiagonal_sums(own)
+        return sums[:, 2 * length - 1 - num_taps :]
 
 
-def freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The convolution with fixed taps, whose matrix is built once if it is no larger than what is built at a time.
-
-    See `sgconvnext.longconv.freeze`.
-    """
+def _freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The convolution with fixed taps, whose matrix is built once if all channels are one chunk."""
     taps = _two_sided(taps.to(dtype), length)
     chunks = channel_chunks(taps.shape[0], length**2 * dtype.itemsize, taps.device)
-    matrix = toeplitz(taps) if len(chunks) == 1 else None
-
-    def convolve(x: Tensor) -> Tensor:
-        with without_autocast(x):
-            return _convolve(x, taps, matrix=matrix)
-
-    return convolve
-
-
-def _conv(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
-    with without_autocast(x):
-        return _convolve(x, _two_sided(taps.to(x.dtype), x.shape[-1]), adjoint=adjoint)
-
-
-def _gradient_of_taps(x: Tensor, dy: Tensor, num_taps: int) -> Tensor:
-    with without_autocast(x):
-        return _correlate(x, dy)[:, 2 * x.shape[-1] - 1 - num_taps :]
+    return functools.partial(_convolve, taps=taps, matrix=toeplitz(taps) if len(chunks) == 1 else None)
 
 
 def _plain(x: Tensor, taps: Tensor) -> Tensor:
@@ -108,4 +96,4 @@ def _plain(x: Tensor, taps: Tensor) -> Tensor:
         return y.to(x.dtype)  # a trace forgets that it left autocast
 
 
-ALGORITHM = Algorithm(_conv, _gradient_of_taps, plain=_plain)
+BACKEND = Backend(cost.toeplitz_conv, Operations(_convolve, _correlate), plain=_plain, freeze=_freeze)

@@ -111,8 +111,8 @@ def count(model: nn.Module, images: Tensor) -> Count:
     """Count a forward pass in evaluation mode, in which the model is left.
 
     "macs" is the algorithm's: a long convolution of L tokens is three FFT steps of 2L points, whatever runs it.
-    "executed" is what the layer's backend runs at that length: FFTs of a padded length, products of matrices, or the
-    tiles that cover one.
+    "executed" is what the layer's backend runs at that length: FFTs of a padded length, products of matrices, or
+    products of whole tiles.
 
     Args:
         model: timm's; parts are told apart by the names that they have in ConvNeXt and SGConvNeXt.
@@ -173,7 +173,7 @@ def _place(name: str) -> tuple[str, str] | None:
 def _watched(model: nn.Module) -> Iterator[dict[str, list[LayerCost]]]:
     """What every call of an SGConv or SGConv2d cost, by the layer's name, while the model ran within the context.
 
-    A tracer sees the plain operators that stand in for a backend then, not what it runs otherwise.
+    A tracer cannot count it: while a model is traced, plain operators run in place of the backend.
     """
     calls: dict[str, list[LayerCost]] = {}
     handles = []
@@ -193,7 +193,7 @@ def _note(calls: list[LayerCost], layer: Any, _: Any, output: Any) -> None:
 
 
 def _costs(name: str, part: str, flops: Any, activations: Any, calls: dict[str, list[LayerCost]]) -> dict[str, Cost]:
-    """Costs of a module by part: of making the kernels of the SGConv layers in it, and all else, which is the part."""
+    """Costs of a module by part: KERNEL for making the kernels of its SGConv layers, and ``part`` for all else."""
     layers = [layer for layer in calls if not name or f"{layer}.".startswith(f"{name}.")]
     plain = flops.total(name) - sum(map(flops.total, layers))
     costs = {part: Cost(0, plain, plain, activations.total(name) - sum(map(activations.total, layers)))}
@@ -205,7 +205,7 @@ def _costs(name: str, part: str, flops: Any, activations: Any, calls: dict[str, 
 
 
 def _refuse_unknown(model: nn.Module, flops: Any, layers: Iterable[str]) -> None:
-    """Refuse operations without a formula, but for those that SGConv layers are made of."""
+    """Refuse operations without a formula, but for those in SGConv layers, which `layer_cost` counts."""
     unknown = Counter(flops.unsupported_ops())
     for layer in layers:
         unknown -= flops.unsupported_ops(layer)
@@ -218,7 +218,7 @@ def _refuse_unknown(model: nn.Module, flops: Any, layers: Iterable[str]) -> None
 
 
 def _einsum(inputs: list[Any], outputs: list[Any]) -> Any:
-    """A sum over products costs one MAC per value of all indices."""
+    """One MAC for every combination of the indices."""
     equation = inputs[0].toIValue().replace(" ", "")
     operands = equation.split("->")[0].split(",")
     if len(operands) != 2 or "." in equation:

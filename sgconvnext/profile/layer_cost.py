@@ -1,18 +1,18 @@
-"""What one call of SGConv or SGConv2d costs, and hooks that tell it to counters that take a rule by type of module."""
+"""What one call of SGConv or SGConv2d costs, and hooks that tell the counters of thop and ptflops."""
 
 import math
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..longconv import choose_backend, cost
+from ..longconv import BACKENDS, choose_backend, cost
 from ..models.layer import SGConv, SGConv2d
 
 Layer = SGConv | SGConv2d
 
 
 class LayerCost(NamedTuple):
-    """MACs of making the taps, of the algorithm, and of what its backend executes; and the number of outputs."""
+    """MACs of making the taps, of the paper's algorithm, and of what the backend executes; the number of outputs."""
 
     kernel: float
     algorithm: float
@@ -21,9 +21,9 @@ class LayerCost(NamedTuple):
 
 
 def layer_cost(layer: Layer, output: Tensor | tuple[Tensor, ...]) -> LayerCost:
-    """The cost of the call that returned this."""
-    y = output[0] if isinstance(output, tuple) else output  # the kernel was asked for too
-    dilation = getattr(layer, "dilation", 1)  # each of its maps is a signal
+    """The cost of the call of a layer that returned ``output``."""
+    y = output[0] if isinstance(output, tuple) else output  # a tuple if the kernel was asked for too
+    dilation = getattr(layer, "dilation", 1)  # each of the r x r subsampled maps is a signal
     phase = [-(-int(size) // dilation) for size in y.shape[2:]]
     batch, channels, length = int(y.shape[0]) * dilation ** len(phase), layer.channels, math.prod(phase)
     signal = y.new_empty(1).expand(batch, channels, length)  # takes no memory
@@ -32,13 +32,13 @@ def layer_cost(layer: Layer, output: Tensor | tuple[Tensor, ...]) -> LayerCost:
     return LayerCost(
         cost.linear_interpolation(interpolated_taps(layer)) / 2,
         cost.algorithm(batch, channels, length) / 2,
-        cost.EXECUTED[backend](batch, channels, length, num_taps) / 2,
+        BACKENDS[backend].flops(batch, channels, length, num_taps) / 2,
         math.prod(map(int, y.shape)),
     )
 
 
 def interpolated_taps(layer: Layer) -> int:
-    """Taps that are interpolated to make the kernel: those of the third scale and the later ones that it reaches."""
+    """Taps that are interpolated to make the kernel: all of the third scale and of later ones that it reaches."""
     if layer.taps is not None:
         return 0  # they were made by `reparameterize`
     directions, num_scales, channels, scale_dim = map(int, layer.weight.shape)  # tensors while it is traced
@@ -47,7 +47,7 @@ def interpolated_taps(layer: Layer) -> int:
 
 
 def _macs(layer: Layer, output: Any) -> int:
-    """Of a call, by the algorithm's count as in `sgconvnext.profile.flops`, with the kernel that it made."""
+    """MACs of a call, counted as the paper's algorithm, as `sgconvnext.profile.flops` does, and of making the taps."""
     call = layer_cost(layer, output)
     return round(call.kernel + call.algorithm)
 

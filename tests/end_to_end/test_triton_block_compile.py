@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="the block's Triton operators need triton")
 
-from sgconvnext.longconv.triton.block import BACKWARD_LIMIT, FORWARD_LIMIT, norm_tile, residual_tile
+from sgconvnext.longconv.triton.block_programs import BACKWARD_LIMIT, FORWARD_LIMIT, norm_tile, residual_tile
 
 TESTS = Path(__file__).parent
 # by program, what it reads and writes of every tile: x and dx have tokens inner, y and dy channels; s is the shortcut

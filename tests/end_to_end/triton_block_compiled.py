@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from sgconvnext.longconv.triton import block as triton_block
+from sgconvnext.longconv.triton import block
 from sgconvnext.models.sgconvnext import SIZES
 
 WIDTHS = {"128": 16, "64": 8, "16": 2, "8": 1}  # bytes, by the end of an instruction's name
@@ -84,10 +84,10 @@ def launch(channels: int, length: int, dtype: torch.dtype) -> None:
     """All four operators on two samples, as in training: parameters and shortcut in float32."""
     x, y = torch.empty(2, channels, length, dtype=dtype), torch.empty(2, length, channels, dtype=dtype)
     shortcut, parameter, keep = torch.empty(2, channels, length), torch.empty(channels), torch.empty(2)
-    _, stats = triton_block._norm(x, parameter, parameter, 1e-6, dtype)
-    triton_block._norm_gradients(y, x, parameter, stats)
-    triton_block._residual(shortcut, y, parameter, keep)
-    triton_block._residual_gradients(shortcut, y, parameter, keep, dtype)
+    _, stats = block._norm(x, parameter, parameter, 1e-6, dtype)
+    block._norm_gradients(y, x, parameter, stats)
+    block._residual(shortcut, y, parameter, keep)
+    block._residual_gradients(shortcut, y, parameter, keep, dtype)
 
 
 def main(size: str, dtype: torch.dtype) -> None:

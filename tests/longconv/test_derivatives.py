@@ -57,10 +57,9 @@ def test_second_derivatives_match_finite_differences(backend: str, causal: bool)
     assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True, **everything)
 
 
-@each_side
 @each_fast_backend
-def test_third_derivatives_match_finite_differences(backend: str, causal: bool) -> None:
-    inputs = signals(causal, 3)
+def test_third_derivatives_match_finite_differences(backend: str) -> None:
+    inputs = signals(True, 3)
 
     def gradients(x: Tensor, taps: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(cube(backend)(x, taps), [x, taps], create_graph=True)
@@ -69,7 +68,7 @@ def test_third_derivatives_match_finite_differences(backend: str, causal: bool) 
 
 
 @each_side
-@pytest.mark.parametrize("length", [1, 7, 97, 196])
+@pytest.mark.parametrize("length", [1, 97])
 @each_fast_backend
 def test_hessian_vector_products_are_those_of_the_definition(backend: str, length: int, causal: bool) -> None:
     def product(backend: str) -> list[Tensor]:
@@ -107,10 +106,9 @@ NESTED: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.parametrize("nested", NESTED)
-@each_side
 @each_fast_backend
-def test_transforms_of_torch_func_give_those_of_the_definition(backend: str, causal: bool, nested: str) -> None:
-    x, taps = (tensor.detach() for tensor in signals(causal))
+def test_transforms_of_torch_func_give_those_of_the_definition(backend: str, nested: str) -> None:
+    x, taps = (tensor.detach() for tensor in signals(False))
     got, want = (flat(NESTED[nested](cube(name))(x, taps)) for name in (backend, "reference"))
     assert relative_error(got, want) <= 1e-12
 
@@ -159,26 +157,25 @@ def test_second_derivatives_are_close_in_every_dtype(backend: str, dtype: torch.
     assert relative_error(product(backend, dtype), product("reference", torch.float64)) <= bound
 
 
-@each_fast_backend
-def test_compiled_operator_has_no_second_derivative_and_says_so(backend: str) -> None:
+def test_compiled_operator_has_no_second_derivative_and_says_so() -> None:
     torch.compiler.reset()
     x, taps = signals(False)
-    compiled = torch.compile(lambda x, taps: long_conv(x, taps, backend), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda x, taps: long_conv(x, taps, "toeplitz"), fullgraph=True, backend="aot_eager")
     (dx,) = torch.autograd.grad(compiled(x, taps).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         dx.sum().backward()
 
 
 COMPILED = {
-    "grad": lambda f: grad(f),
     "grad of grad": lambda f: grad(lambda x: grad(f)(x).square().sum()),
     "vmap of grad": lambda f: lambda x: vmap(grad(lambda one: f(one[None])))(x),
     "jvp": lambda f: lambda x: jvp(f, (x,), (x,))[1],
 }
 
 
-@pytest.mark.parametrize("nested", COMPILED)
-@each_fast_backend
+@pytest.mark.parametrize(
+    ("backend", "nested"), [("fft", nested) for nested in COMPILED] + [(name, "grad of grad") for name in FAST[1:]]
+)
 def test_compiled_transforms_give_what_they_give_uncompiled(backend: str, nested: str) -> None:
     torch.compiler.reset()
     x, taps = (tensor.detach() for tensor in signals(False))
@@ -214,9 +211,8 @@ def test_hessian_vector_product_over_a_layers_parameters(backend: str, bidirecti
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-@each_fast_backend
-def test_layer_passes_torchs_checks_of_second_derivatives(backend: str, bidirectional: bool) -> None:
-    own = SGConv(2, 6, scale_dim=2, bidirectional=bidirectional, backend=backend, dtype=torch.float64)
+def test_layer_passes_torchs_checks_of_second_derivatives(bidirectional: bool) -> None:
+    own = SGConv(2, 6, scale_dim=2, bidirectional=bidirectional, backend="fft", dtype=torch.float64)
     names = list(dict(own.named_parameters()))
     x = torch.randn(2, 2, 6, dtype=torch.float64, requires_grad=True)
 
@@ -252,10 +248,9 @@ def network(**options: Any) -> nn.Module:
 IMAGES = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("backend", ["auto", *FAST])
-def test_hessian_vector_product_over_a_network(backend: str, bidirectional: bool) -> None:
-    model, x = network(backend=backend, bidirectional=bidirectional), IMAGES.clone().requires_grad_()
+def test_hessian_vector_product_over_a_network(backend: str) -> None:
+    model, x = network(backend=backend), IMAGES.clone().requires_grad_()
     assert relative_error(product_over(model, x), product_over(with_the_definition(model), x)) <= 1e-6
 
 
@@ -302,11 +297,10 @@ def r1(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("penalty", [wgan_gp, r1])
-@pytest.mark.parametrize("backend", ["auto", *FAST])
 def test_step_with_a_gradient_penalty_is_that_of_the_definition(
-    backend: str, penalty: Callable[[nn.Module, Tensor], Tensor]
+    penalty: Callable[[nn.Module, Tensor], Tensor],
 ) -> None:
-    model = network(backend=backend, num_classes=1)
+    model = network(num_classes=1)
     got, want = critic_step(model, penalty), critic_step(with_the_definition(model), penalty)
     assert relative_error(got, want) <= 1e-6
     without = critic_step(model, lambda model, x: torch.zeros((), dtype=x.dtype))

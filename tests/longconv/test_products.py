@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgconvnext.longconv import ALGORITHMS, freeze, long_conv, products, reference
+from sgconvnext.longconv import BACKENDS, freeze, long_conv, products, reference
 from sgconvnext.longconv.products import channel_chunks, multiply_into
 
 CPU = torch.device("cpu")
@@ -132,7 +132,8 @@ def test_product_is_written_into_a_view_and_summed_in_its_dtype(dtype: torch.dty
 
 def on_gpu(backend: str, dtype: torch.dtype) -> Seen:
     """What a backend would run on CUDA: fake tensors go through every check of shapes, dtypes and strides."""
-    algorithm = ALGORITHMS[backend]  # below autograd, whose engine has no threads for a fake GPU
+    operations = BACKENDS[backend].operations  # below autograd, whose engine has no threads for a fake GPU
+    assert operations is not None
     with FakeTensorMode():
         try:
             torch.empty(2, device="cuda")[1:]
@@ -140,9 +141,9 @@ def on_gpu(backend: str, dtype: torch.dtype) -> Seen:
             pytest.skip(f"this torch asks a driver for its opinion of fake tensors: {error}")
     with FakeTensorMode(), Seen() as seen:
         x, taps = torch.empty(8, 6, 196, dtype=dtype, device="cuda"), torch.empty(6, 391, device="cuda")
-        y = algorithm.convolve(x, taps, False)
-        dx = algorithm.convolve(torch.empty_like(y), taps, True)
-        dtaps = algorithm.correlate(x, torch.empty_like(y), taps.shape[1])
+        y = operations.convolve(x, taps, False)
+        dx = operations.convolve(torch.empty_like(y), taps, True)
+        dtaps = operations.correlate(x, torch.empty_like(y), taps.shape[1])
     assert (y.dtype, dx.dtype, dtaps.dtype) == (dtype, dtype, torch.float32)
     assert (y.shape, dx.shape, dtaps.shape) == (x.shape, x.shape, taps.shape)
     assert y.is_contiguous()

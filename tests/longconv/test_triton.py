@@ -1,4 +1,7 @@
-"""The "triton" backend against the float64 definition: on a GPU if there is one, else in Triton's interpreter."""
+"""What "triton" has beside the contract of a backend: on a GPU if there is one, else in Triton's interpreter.
+
+Memory that nothing is written to is NaN here. test_longconv.py checks the contract.
+"""
 
 import subprocess
 import sys
@@ -10,25 +13,18 @@ import torch
 from helpers import (
     Case,
     case,
-    channels_last,
-    contiguous,
-    laid_out,
     mixers,
     refused,
     relative_error,
     run,
-    saved_bytes,
-    sliced,
     small_model,
 )
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sgconvnext import SGConv2d
-from sgconvnext.longconv import BACKENDS, available_backends, choose_backend, long_conv
+from sgconvnext.longconv import available_backends, choose_backend, long_conv
 from sgconvnext.longconv.triton import tiles
-from sgconvnext.longconv.triton.tiles import CONV_TILES, DTAPS_TILES, Tile
-from sgconvnext.profile import ops
 from sgconvnext.profile.flops import CONVOLUTION, count
 
 pytest.importorskip("triton")
@@ -70,27 +66,17 @@ def check(inputs: Case) -> None:
     ("length", "size"),
     [
         (1, (1, 2)),
-        (2, (3, 2)),
-        (16, (2, 2)),
         (16, (130, 1)),
-        (49, (4, 2)),
         (50, (5, 3)),
-        (97, (7, 2)),
         (196, (33, 2)),
         (196, (65, 1)),
         (784, (3, 1)),
     ],
     ids=str,
 )
-@each_half
-@each_side
+@pytest.mark.parametrize(("dtype", "causal"), [(torch.bfloat16, False), (torch.float16, True)], ids=str)
 def test_backend_matches_definition(length: int, size: tuple[int, int], causal: bool, dtype: torch.dtype) -> None:
     check(here(length, causal, dtype, size))
-
-
-@pytest.mark.parametrize(("dtype", "causal"), [(torch.bfloat16, False), (torch.float16, True)], ids=str)
-def test_backend_matches_definition_at_the_length_of_the_first_stage(dtype: torch.dtype, causal: bool) -> None:
-    check(here(3136, causal, dtype, (2, 1)))
 
 
 @each_side
@@ -110,105 +96,6 @@ def test_only_roundings_to_half_precision_separate_it_from_the_definition(dtype:
         assert (error <= unit * exact[name].abs() + 1e-5).all(), name
         assert error.max() > 0
     assert relative_error(got["dtaps"], exact["dtaps"]) <= 1e-6
-
-
-def exactly(tile: Tile, length: int, causal: bool, batch: int, gradient: bool) -> float:
-    """The error of one of the programs with a tile, in float32, which the interpreter multiplies exactly."""
-    dtype = torch.float32 if DEVICE == "cpu" else torch.float16  # a GPU would multiply float32 in tf32
-    x, taps, dy, truth = here(length, causal, dtype, (batch, 2))
-    first_lag = length - taps.shape[1]
-    if gradient:
-        return relative_error(triton_programs.correlate(x, dy, first_lag, tile), truth["dtaps"])
-    y = triton_programs.convolve(x, taps, first_lag, tile)
-    dx = triton_programs.convolve(dy, taps.flip(-1), 1 - length, tile)
-    return max(relative_error(y, truth["y"]), relative_error(dx, truth["dx"]))
-
-
-@pytest.mark.parametrize("length", [1, 100, 257, 300])
-@each_side
-@pytest.mark.parametrize("tile", sorted({tile for *_, tile in CONV_TILES}), ids=lambda tile: "x".join(map(str, tile)))
-def test_every_tile_convolves(tile: Tile, causal: bool, length: int) -> None:
-    assert exactly(tile, length, causal, tile.rows + 1, gradient=False) <= (1e-6 if DEVICE == "cpu" else 1e-3)
-
-
-@pytest.mark.parametrize("length", [1, 100, 257, 300])
-@each_side
-@pytest.mark.parametrize(
-    "tile",
-    [*sorted({tile for *_, tile in DTAPS_TILES}), Tile(16, 64, 16, 4, 2), Tile(128, 256, 64, 8, 3)],
-    ids=lambda tile: "x".join(map(str, tile)),
-)
-def test_every_tile_correlates(tile: Tile, causal: bool, length: int) -> None:
-    assert exactly(tile, length, causal, tile.depth + 1, gradient=True) <= 1e-6
-
-
-@pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Launches fail if they read or write outside their tensors, or write a place twice; the list of accesses."""
-    if DEVICE == "cuda":
-        pytest.skip("compute-sanitizer sees it on a GPU")
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    accesses: list[tuple[str, int]] = []
-    spans: list[tuple[int, int]] = []
-    written: list[Any] = []
-
-    def watch(name: str) -> None:
-        access = getattr(InterpreterBuilder, name)
-
-        def watched(self: Any, pointers: Any, *rest: Any) -> Any:
-            mask = rest[0] if name == "create_masked_load" else rest[1]
-            addresses = pointers.data[mask.data.astype(bool)]
-            inside = sum(((addresses >= begin) & (addresses < end)).sum() for begin, end in spans)
-            assert inside == addresses.size, f"{name} outside of every tensor"
-            accesses.append((name, addresses.size))
-            if name == "create_masked_store":
-                written.extend(addresses.tolist())
-            return access(self, pointers, *rest)
-
-        monkeypatch.setattr(InterpreterBuilder, name, watched)
-
-    def launch(program: Any, count: int, tensors: tuple[Tensor, ...], *rest: Any) -> None:
-        spans[:] = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors]
-        written.clear()
-        real_launch(program, count, tensors, *rest)
-        assert len(written) == len(set(written)), "a place is written twice"
-
-    real_launch = triton_programs._launch
-    watch("create_masked_load")
-    watch("create_masked_store")
-    monkeypatch.setattr(triton_programs, "_launch", launch)
-    return accesses
-
-
-@pytest.mark.parametrize("length", [1, 65, 300])
-@each_side
-def test_programs_stay_inside_their_tensors_and_write_each_place_once(
-    length: int, causal: bool, memory: list[tuple[str, int]]
-) -> None:
-    x, taps, dy, _ = here(length, causal, torch.float32, (33, 2))
-    for tile in {tile for *_, tile in CONV_TILES}:
-        triton_programs.convolve(x, taps, length - taps.shape[1], tile)
-        triton_programs.convolve(dy, taps.flip(-1), 1 - length, tile)
-    writes = sum(size for name, size in memory if name == "create_masked_store")
-    assert writes == 2 * len({tile for *_, tile in CONV_TILES}) * x.numel()
-    for tile in {tile for *_, tile in DTAPS_TILES}:
-        triton_programs.correlate(x, dy, length - taps.shape[1], tile)
-
-
-def test_check_of_memory_finds_a_row_that_is_too_short(
-    memory: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, taps, _, _ = here(65, False, torch.float32, (33, 2))
-    copies = triton_programs._shifted_copies
-
-    def shorter(*arguments: Any) -> tuple[Tensor, int]:
-        rows, origin = copies(*arguments)
-        return rows[:, :, :-1], origin
-
-    monkeypatch.setattr(triton_programs, "_shifted_copies", shorter)
-    with pytest.raises(Exception, match="outside of every tensor"):
-        triton_programs.convolve(x, taps, -64, CONV_TILES[0][2])
 
 
 def drop_a_program(launch: Callable[..., None]) -> Callable[..., None]:
@@ -231,42 +118,19 @@ BROKEN: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 @pytest.mark.parametrize("fault", BROKEN)
 @each_side
-@pytest.mark.parametrize("length", [2, 100])
-def test_check_fails_on_broken_programs(
-    length: int, causal: bool, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_fails_on_broken_programs(causal: bool, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, broken = BROKEN[fault]
-    check(here(length, causal, torch.float16))
+    check(here(100, causal, torch.float16))
     monkeypatch.setattr(triton_programs, name, broken(getattr(triton_programs, name)))
     with pytest.raises(AssertionError, match="relative error"):
-        check(here(length, causal, torch.float16))
+        check(here(100, causal, torch.float16))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
 def test_interpreter_would_multiply_the_bits_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_programs, "_INTERPRETED", False)
+    monkeypatch.setattr(triton_programs, "_UPCAST", False)
     with pytest.raises(AssertionError, match="relative error"):
         check(here(49, False, torch.bfloat16))
-
-
-@pytest.mark.parametrize("layout", [contiguous, sliced, channels_last])
-@each_side
-@each_half
-def test_backend_takes_any_layout(dtype: torch.dtype, causal: bool, layout: Callable[[Tensor], Tensor]) -> None:
-    inputs = here(97, causal, dtype)
-    got = run(*laid_out(inputs, layout)[:3], "triton")
-    for name, want in run(*inputs[:3], "triton").items():
-        assert torch.equal(got[name], want), name
-        assert got[name].is_contiguous(), name
-
-
-@each_side
-def test_backend_takes_an_expanded_gradient(causal: bool) -> None:
-    x, taps, dy, _ = here(49, causal, torch.float16)
-    ones = torch.ones((), dtype=dy.dtype, device=DEVICE).expand_as(dy)
-    want = run(x, taps, ones.contiguous(), "triton")
-    for name, got in run(x, taps, ones, "triton").items():
-        assert torch.equal(got, want[name]), name
 
 
 @each_side
@@ -292,22 +156,6 @@ def test_gradient_of_one_input_alone_launches_one_program(only: str, monkeypatch
     assert launched == [triton_programs._convolve, backward]
 
 
-@each_side
-@pytest.mark.parametrize("size", [(0, 2), (3, 0)], ids=str)
-def test_empty_batch_and_no_channels(size: tuple[int, int], causal: bool) -> None:
-    got = run(*here(9, causal, torch.bfloat16, size)[:3], "triton")
-    assert got["y"].shape == got["dx"].shape == (*size, 9)
-    assert torch.equal(got["dtaps"], torch.zeros(size[1], 9 if causal else 17, device=DEVICE))
-
-
-@pytest.mark.parametrize("taps_dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_gradient_of_the_taps_has_their_dtype(taps_dtype: torch.dtype) -> None:
-    x, taps, dy, truth = here(49, False, torch.bfloat16)
-    got = run(x, taps.to(taps_dtype), dy, "triton")
-    assert (got["y"].dtype, got["dx"].dtype, got["dtaps"].dtype) == (x.dtype, x.dtype, taps_dtype)
-    assert relative_error(got["dtaps"], truth["dtaps"]) <= 5e-3
-
-
 # The operators
 
 
@@ -323,35 +171,20 @@ OPERATORS = {
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @each_side
-@pytest.mark.parametrize("length", [1, 20])
-def test_operators_pass_torchs_own_checks(length: int, causal: bool, operator: str) -> None:
-    x, taps, _, _ = here(length, causal, torch.bfloat16)
+def test_operators_pass_torchs_own_checks(causal: bool, operator: str) -> None:
+    x, taps, _, _ = here(20, causal, torch.bfloat16)
     function, arguments = OPERATORS[operator](x, taps)
     torch.library.opcheck(function.default, arguments)
-
-
-@each_side
-def test_compiles_without_a_graph_break(causal: bool) -> None:
-    torch.compiler.reset()
-    compiled = torch.compile(lambda x, taps: 2 * long_conv(x, taps, "triton"), fullgraph=True, backend="aot_eager")
-    for length, batch in ((49, 3), (64, 2)):
-        x, taps, dy, _ = here(length, causal, torch.bfloat16, (batch, 2))
-        inputs = [x.clone().requires_grad_(), taps.clone().requires_grad_()]
-        y = compiled(*inputs)
-        dx, dtaps = torch.autograd.grad(y, inputs, dy)
-        want = run(x, taps, dy, "triton")
-        assert torch.equal(y, 2 * want["y"])
-        assert torch.equal(dx, 2 * want["dx"])
-        assert torch.equal(dtaps, 2 * want["dtaps"])
 
 
 def test_layer_compiles_without_a_graph_break_under_autocast() -> None:
     torch.compiler.reset()
     layer = SGConv2d(3, (4, 6), backend="triton", device=DEVICE)
-    x = torch.randn(2, 3, 4, 6, device=DEVICE)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        assert torch.equal(compiled(x), layer(x))
+    for batch, size in ((2, (4, 6)), (3, (5, 5))):  # the second time with symbolic sizes
+        x = torch.randn(batch, 3, *size, device=DEVICE)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            assert torch.equal(compiled(x), layer(x))
 
 
 @each_half
@@ -385,27 +218,7 @@ def test_transforms_of_torch_func_are_close_to_the_definitions() -> None:
         assert relative_error(got, exact) <= 1e-2
 
 
-@each_side
-def test_autograd_saves_x_and_taps_only(causal: bool) -> None:
-    x, taps, _, _ = here(196, causal, torch.bfloat16)
-    assert saved_bytes(x, taps, BACKENDS["triton"]) == x.nbytes + taps.nbytes
-
-
 # Dtypes, autocast, devices
-
-
-@each_side
-@each_half
-def test_autocast_casts_x_and_leaves_taps_in_float32(dtype: torch.dtype, causal: bool) -> None:
-    x, taps, dy, _ = here(49, causal, torch.float32)
-    want = run(x.to(dtype), taps, dy.to(dtype), "triton")
-    with torch.autocast(DEVICE, dtype=dtype):
-        y = long_conv(x.requires_grad_(), taps.requires_grad_(), "triton")
-    dx, dtaps = torch.autograd.grad(y, [x, taps], dy.to(dtype))
-    assert torch.equal(y, want["y"])
-    assert torch.equal(dx, want["dx"].float())
-    assert torch.equal(dtaps, want["dtaps"])
-    assert (y.dtype, dx.dtype, dtaps.dtype) == (dtype, torch.float32, torch.float32)
 
 
 def test_layer_trains_under_autocast() -> None:
@@ -551,10 +364,3 @@ def test_count_of_a_model_has_the_operator_in_it() -> None:
         assert convolution.activations == 2 * channels * tokens
         by_fft = count(small_model(backend="fft"), torch.randn(2, 3, 64, 64)).total(str(stage + 1), CONVOLUTION)
         assert convolution.macs == by_fft.macs
-
-
-@pytest.mark.parametrize("mode", ["inference", "training"])
-def test_profile_times_it_in_half_precision_only(mode: Any) -> None:
-    steps = ops.prepare(ops.Layer((4, 6, 5), batch=2, mode=mode, dtype="bf16", device=DEVICE))
-    steps["triton"]()
-    assert "triton" not in ops.prepare(ops.Layer((4, 6, 5), batch=2, mode=mode, device=DEVICE))

@@ -110,9 +110,7 @@ def _norm_shapes(model: nn.Module, x: Tensor) -> list[torch.Size]:
     return shapes
 
 
-@pytest.mark.parametrize(
-    ("size", "gmacs"), [("tiny", "4.47"), ("small", "8.71"), ("base", "15.38"), ("large", "34.40")]
-)
+@pytest.mark.parametrize(("size", "gmacs"), [("tiny", "4.47"), ("base", "15.38")])
 def test_convnext_has_the_gmacs_that_timm_publishes(size: str, gmacs: str) -> None:
     counted = count(timm.create_model(f"convnext_{size}"), images(1, (224, 224)))
     assert f"{counted.total().macs / 1e9:.2f}" == gmacs

@@ -1,1 +1,4 @@
-"""What runs on a GPU in Triton; nothing here is imported before it is needed but `tiles` and `toeplitz`."""
+"""What runs on a GPU in Triton. `toeplitz` is the backend, `block` the norm and the residual sum of a block.
+
+Their programs are in `programs` and `block_programs`, which import triton and are imported when one first runs.
+"""

@@ -1,7 +1,7 @@
 """The GPU programs of the "triton" backend, and how they are launched. Imports triton, so import it only to run them.
 
-One program computes one tile of one channel's matrix product; tiles.py has the sizes. Under TRITON_INTERPRET=1 the
-same programs run on the CPU, slowly, for tests. For tensors on the meta device they are compiled and not run.
+A program computes one tile of one channel's matrix product; `tiles` has the sizes. Under TRITON_INTERPRET=1 the same
+programs run on the CPU, slowly, for tests. For tensors on the meta device they are compiled and do not run.
 """
 
 import functools
@@ -38,7 +38,7 @@ def _convolve(
     program = tl.program_id(0)
     row_tiles = tl.cdiv(B, ROWS)
     column_tiles: tl.constexpr = (L + COLUMNS - 1) // COLUMNS
-    # images change fastest and channels slowest: neighbours in time find the same taps, then the same x, in the cache
+    # images change fastest and channels slowest: programs that run together find the same taps, then x, in the cache
     image = program % row_tiles * ROWS + tl.arange(0, ROWS)
     t0 = program // row_tiles % column_tiles * COLUMNS
     c = (program // (row_tiles * column_tiles)).to(tl.int64)
@@ -119,8 +119,8 @@ def _correlate(
     tl.store(row + C * (NUM_Q + 1) * COLUMNS, tl.sum(tl.where(below, 0.0, skewed), axis=0))
 
 
-# the interpreter multiplies the bit patterns of bfloat16, without a word
-_INTERPRETED = not isinstance(_convolve, triton.runtime.JITFunction)
+# Triton's interpreter silently multiplies the bit patterns of bfloat16; converted to float32 first, they are right
+_UPCAST = not isinstance(_convolve, triton.runtime.JITFunction)
 
 
 def convolve(x: Tensor, taps: Tensor, first_lag: int, tile: Tile) -> Tensor:
@@ -205,7 +205,7 @@ def _launch(program: Any, count: int, tensors: tuple[Tensor, ...], sizes: dict[s
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
                 DEPTH=tile.depth,
-                UPCAST=_INTERPRETED,
+                UPCAST=_UPCAST,
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )

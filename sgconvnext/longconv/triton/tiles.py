@@ -1,7 +1,8 @@
 """How the Triton programs cut a long convolution into tiles, and what the tensor cores multiply then.
 
-Both are matrix products, one per channel: of the signals with the Toeplitz matrix of the taps (images x inputs x
-outputs), and of dy with x (outputs x images x inputs), whose diagonals sum to the gradient of the taps.
+There are two programs, with one matrix product per channel each. The convolution multiplies the signals by the
+Toeplitz matrix of the taps (images x inputs x outputs). The gradient of the taps multiplies dy by x (outputs x images
+x inputs): the sums over the diagonals of this product are the gradient.
 """
 
 from typing import NamedTuple
@@ -24,8 +25,8 @@ class Tile(NamedTuple):
         return self.rows * self.columns * self.depth
 
 
-# (largest batch, largest length, tile): the first that fits is taken. test_triton_compile.py demands that each
-# compiles for sm_90 to tensor-core instructions, wide loads and no spills. None has been timed yet.
+# (largest batch, largest length, tile): the first that fits is taken. tests/end_to_end/test_triton_compile.py checks
+# that each compiles for sm_90 to tensor-core instructions, wide loads and no spills. None has been timed yet.
 CONV_TILES = (  # images x outputs, inputs in a step
     (32, 64, Tile(32, 64, 64, 4, 2)),  # up to 32 images the taps are most of what is read: read them once
     (32, ANY, Tile(32, 128, 64, 4, 3)),

@@ -1,29 +1,31 @@
 """Long convolution on a GPU's tensor cores: a Toeplitz matrix product whose matrix is never built. O(L^2).
 
-For x in half precision on a CUDA device; taps are rounded to its dtype. Sums are in float32, always in the same order.
-Under autocast x is cast as a convolution's input is, and y has that dtype. Each length and number of channels is
-compiled when it is first seen, which takes seconds.
+For x in half precision on a CUDA device; taps are rounded to the dtype of x. Sums are in float32, always in the same
+order. Under autocast x is cast as the input of a convolution is, and y has the dtype of autocast. Every new length or
+number of channels has the programs compiled again, which takes seconds.
 """
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from ..algorithm import Algorithm
+from ..backend import Backend, Operations
 from ..precision import product_dtype
-from .tiles import conv_tile, dtaps_tile
+from .tiles import conv_macs, conv_tile, dtaps_macs, dtaps_tile
 
 _INSTALLED = importlib.util.find_spec("triton") is not None  # finding it does not import it
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_RUNS_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def refusal(x: Tensor) -> str | None:
     """Why this backend cannot take x here and now, and the cure; None if it can."""
     if not _INSTALLED:
         return "backend 'triton' needs the package triton, which is not installed; install it, or use backend='fft'"
-    if x.device.type != "cuda" and not (_INTERPRETED and x.device.type == "cpu"):
+    if x.device.type != "cuda" and not (_RUNS_ON_CPU and x.device.type == "cpu"):
         return f"backend 'triton' runs on a CUDA device and x is on {x.device}; move it, or use backend='fft'"
     if product_dtype(x) not in (torch.bfloat16, torch.float16):
         return (
@@ -34,41 +36,34 @@ def refusal(x: Tensor) -> str | None:
 
 
 def _prepare(x: Tensor) -> Tensor:
-    """x in half precision, contiguous.
-
-    Raises:
-        ValueError: no triton, x not on a CUDA device, or x in full precision without autocast.
-    """
-    if reason := refusal(x):
-        raise ValueError(reason)
-    # casting and laying out in one pass; nothing happens to what is right already
+    """x in half precision, contiguous; both in one pass, and no copy where x is so already."""
     return x.to(product_dtype(x), memory_format=torch.contiguous_format).contiguous()
 
 
 @torch.library.custom_op("sgconvnext::toeplitz_conv", mutates_args=())
 def _conv(x: Tensor, taps: Tensor) -> Tensor:
-    from . import programs as triton_programs
+    from . import programs
 
     batch, _, length = x.shape
-    return triton_programs.convolve(x, taps, length - taps.shape[1], conv_tile(batch, length))
+    return programs.convolve(x, taps, length - taps.shape[1], conv_tile(batch, length))
 
 
 @torch.library.custom_op("sgconvnext::toeplitz_conv_dx", mutates_args=())
 def _conv_dx(dy: Tensor, taps: Tensor) -> Tensor:
     """The adjoint in x: the convolution by the taps reversed in time."""
-    from . import programs as triton_programs
+    from . import programs
 
     batch, _, length = dy.shape
-    return triton_programs.convolve(dy, taps.flip(-1), 1 - length, conv_tile(batch, length))
+    return programs.convolve(dy, taps.flip(-1), 1 - length, conv_tile(batch, length))
 
 
 @torch.library.custom_op("sgconvnext::toeplitz_conv_dtaps", mutates_args=())
 def _conv_dtaps(dy: Tensor, x: Tensor, num_taps: int) -> Tensor:
     """The adjoint in the taps, in float32."""
-    from . import programs as triton_programs
+    from . import programs
 
     batch, _, length = x.shape
-    return triton_programs.correlate(x, dy, length - num_taps, dtaps_tile(batch, length))
+    return programs.correlate(x, dy, length - num_taps, dtaps_tile(batch, length))
 
 
 @_conv.register_fake
@@ -102,4 +97,30 @@ def _gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return _convolve(dy, taps, True), _correlate(x, dy, taps.shape[1])
 
 
-ALGORITHM = Algorithm(_convolve, _correlate, _gradients, _prepare)
+# FLOPs of what the tensor cores multiply: with the zeros that fill tiles up to their size, without the tiles that only
+# hold lags of no tap.
+
+
+def _flops(batch: int, channels: int, length: int, num_taps: int) -> int:
+    return 2 * conv_macs(batch, channels, length, length - num_taps, length - 1)
+
+
+@register_flop_formula(torch.ops.sgconvnext.toeplitz_conv, get_raw=True)
+def _conv_flops(x: Tensor, taps: Tensor, *_: Any, **__: Any) -> int:
+    batch, channels, length = x.shape
+    return _flops(batch, channels, length, taps.shape[1])
+
+
+@register_flop_formula(torch.ops.sgconvnext.toeplitz_conv_dx, get_raw=True)
+def _conv_dx_flops(dy: Tensor, taps: Tensor, *_: Any, **__: Any) -> int:
+    batch, channels, length = dy.shape
+    return 2 * conv_macs(batch, channels, length, 1 - length, taps.shape[1] - length)
+
+
+@register_flop_formula(torch.ops.sgconvnext.toeplitz_conv_dtaps, get_raw=True)
+def _conv_dtaps_flops(dy: Tensor, x: Tensor, num_taps: int, *_: Any, **__: Any) -> int:
+    batch, channels, length = x.shape
+    return 2 * dtaps_macs(batch, channels, length, length - num_taps)
+
+
+BACKEND = Backend(_flops, Operations(_convolve, _correlate, _gradients), refusal=refusal, prepare=_prepare)

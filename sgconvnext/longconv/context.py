@@ -1,0 +1,32 @@
+"""What is at work around a call: a tracer, an export, forward mode, or torch.func."""
+
+import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+
+def is_recorded() -> bool:
+    """Whether something writes down the operators that run, to run them again: jit.trace, torch.export, make_fx."""
+    if torch.compiler.is_compiling() and not _is_exporting():
+        return False
+    return torch.jit.is_tracing() or _is_exporting() or get_proxy_mode() is not None
+
+
+def _is_exporting() -> bool:
+    asked = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 lacks it, and runs what it compiles
+    return asked is not None and asked()
+
+
+def is_traced_to_onnx() -> bool:
+    """Whether torch.onnx.export(dynamo=False) is at work, whose operators have no FFT."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+
+
+def is_in_forward_mode() -> bool:
+    """Whether forward mode is on, torch.func's or torch.autograd's."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def is_compiled_transform() -> bool:
+    """Whether torch.func is at work inside of what torch.compile compiles."""
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
