@@ -173,9 +173,7 @@ def parse_args() -> argparse.Namespace:
 def _flops(sub: Parser) -> None:
     _add_models(sub)
     _add_size(sub)
-    sub.add_argument(
-        "--batch", type=console.count, default=1, metavar="B", help="images at a time; the counts are per image (1)"
-    )
+    sub.add_argument("--batch", type=console.count, default=1, metavar="B", help="images; the counts are of one (1)")
     sub.add_argument("--stages", action="store_true", help="also show every part of every stage")
     _add_output(sub)
     sub.set_defaults(measure=run_flops, rounds=1, round_seconds=0, seconds=math.inf)
@@ -185,27 +183,15 @@ def _throughput(sub: Parser) -> None:
     _add_models(sub)
     _add_size(sub)
     _add_batches(sub, [1])
-    sub.add_argument(
-        "--run",
-        type=way,
-        nargs="+",
-        default=[[]],
-        metavar="WAY",
-        help=f"ways to run every model, all in one table: {', '.join([EAGER, *WAYS])}, or several joined by + "
-        f"({EAGER}). With several ways a second table names the fastest of each model",
-    )
+    text = f"run every model in these ways: {', '.join([EAGER, *WAYS])}, or some joined by +; name the best ({EAGER})"
+    sub.add_argument("--run", type=way, nargs="+", default=[[]], metavar="WAY", help=text)
     _add_ways(sub)
-    sub.add_argument(
-        "--group",
-        type=console.count,
-        metavar="N",
-        help="compare N models at a time; the ratio is to the first of each group (all models)",
-    )
+    text = "compare N models at a time; a ratio is to the first of its group (all models)"
+    sub.add_argument("--group", type=console.count, metavar="N", help=text)
     sub.add_argument("--plot", type=console.path, metavar="PNG", help="draw throughput against FLOPs")
-    sub.add_argument(
-        "--accuracy", type=console.path, metavar="CSV", help="file with columns model, top1: --plot draws these too"
-    )
-    _add_timing(sub, round_seconds=5.0, modes=["inference"])
+    text = "a file with the columns model and top1, which --plot then draws too"
+    sub.add_argument("--accuracy", type=console.path, metavar="CSV", help=text)
+    _add_timing(sub, ["inference"], round_seconds=5.0)
     sub.set_defaults(measure=run_throughput)
 
 
@@ -213,7 +199,7 @@ def _ops(sub: Parser) -> None:
     _add_shapes(sub)
     _add_batches(sub, [1, 8])
     sub.add_argument("--channels-last", action="store_true", help="memory format of images and weights")
-    _add_timing(sub, round_seconds=0.5, modes=["inference", "training"])
+    _add_timing(sub, ["inference", "training"], round_seconds=0.5)
     sub.set_defaults(measure=run_ops)
 
 
@@ -223,7 +209,7 @@ def _scaling(sub: Parser) -> None:
     _add_size(sub, nargs="+", default=sizes, help="sizes of the images (128 224 384 512 1024)")
     sub.add_argument("--batch", type=console.count, default=1, metavar="B", help="images at a time (1)")
     _add_ways(sub)
-    _add_timing(sub, round_seconds=5.0, modes=["inference"])
+    _add_timing(sub, ["inference"], round_seconds=5.0)
     sub.set_defaults(measure=run_scaling, run=[[]])
 
 
@@ -255,20 +241,18 @@ def _add_shapes(sub: Parser) -> None:
 
 
 def _add_ways(sub: Parser) -> None:
-    sub.add_argument("--compile", action="store_true", help="run every model compiled by torch.compile")
-    sub.add_argument(
-        "--reparameterize", action="store_true", help="run every model after timm's reparameterize_model (inference)"
-    )
+    sub.add_argument("--compile", action="store_true", help="compile every model by torch.compile")
+    sub.add_argument("--reparameterize", action="store_true", help="call timm's reparameterize_model for every model")
     sub.add_argument("--channels-last", action="store_true", help="run every model in channels-last memory format")
 
 
-def _add_timing(sub: Parser, round_seconds: float, modes: list[str]) -> None:
-    choices = ("inference", "training")
-    sub.add_argument(
-        "--mode", nargs="+", choices=choices, default=modes, help=f"forward, or a training step ({' '.join(modes)})"
-    )
+def _add_timing(sub: Parser, modes: list[str], round_seconds: float) -> None:
+    text = f"forward, or forward and backward ({' '.join(modes)})"
+    sub.add_argument("--mode", nargs="+", choices=("inference", "training"), default=modes, help=text)
     sub.add_argument("--dtype", choices=DTYPES, default="fp32", help="half precision is by autocast (fp32)")
-    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto: CUDA if it is there)")
+    sub.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if it is there (auto)"
+    )
     sub.add_argument("--threads", type=console.count, metavar="N", help="threads of a CPU (torch's choice)")
     _add_clock(sub, 5, round_seconds)
 
@@ -278,24 +262,12 @@ def _add_clock(sub: Parser, rounds: int, round_seconds: float) -> None:
         "In every round the things that are compared take turns. A ratio is the median of the ratios of all pairs of "
         "turns, and can differ from the quotient of two speeds in the table."
     )
-    sub.add_argument(
-        "--rounds", type=console.count, default=rounds, metavar="N", help=f"rounds of each measurement ({rounds})"
-    )
-    sub.add_argument(
-        "--round-seconds",
-        type=console.seconds,
-        default=round_seconds,
-        metavar="S",
-        help=f"time for each thing in one round ({round_seconds:g})",
-    )
-    sub.add_argument(
-        "--seconds",
-        type=console.seconds,
-        default=math.inf,
-        metavar="N",
-        help="time for the whole command, looked at between measurements: after it, print what was measured and say "
-        "what was not reached (no limit)",
-    )
+    sub.add_argument("--rounds", type=console.count, default=rounds, metavar="N", help=f"number of rounds ({rounds})")
+    seconds: dict[str, Any] = {"type": console.seconds, "metavar": "S"}
+    text = f"time for each thing in one round ({round_seconds:g})"
+    sub.add_argument("--round-seconds", **seconds, default=round_seconds, help=text)
+    text = "time for the whole command; then print what was measured, and say what was not reached (no limit)"
+    sub.add_argument("--seconds", **seconds, default=math.inf, help=text)
     _add_output(sub)
 
 
@@ -303,7 +275,7 @@ def _add_output(sub: Parser) -> None:
     style = sub.add_mutually_exclusive_group()
     for name in STYLES:
         if name != "table":
-            text = f"print {'Markdown' if name == 'markdown' else name.upper()} instead of plain tables"
+            text = f"print {name.title() if name == 'markdown' else name.upper()} instead of plain tables"
             style.add_argument(f"--{name}", dest="style", action="store_const", const=name, help=text)
     sub.set_defaults(style="table", threads=None, device="cpu", plot=None)
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ SETS = {"cuda": 3}  # of inputs, taken in turns: a GPU's L2 cache holds the whol
 # tiny's stages at 224 px, and a map that is short enough for a matrix product
 DEFAULT_SHAPES = ((96, 56, 56), (192, 28, 28), (384, 14, 14), (768, 7, 7), (768, 4, 4))
 
+ERRORS = ("y error", "dx error", "dtaps error")
 COLUMNS = {
     "layer": "",
     "L": "d",
@@ -36,26 +37,20 @@ COLUMNS = {
     "ms": ".3g",
     "spread, %": ".1f",
     "ratio": ".3f",
-    "y error": ".1e",
-    "dx error": ".1e",
-    "dtaps error": ".1e",
-    "peak MiB": ".1f",
-    "mark": "",
 }
+COLUMNS |= dict.fromkeys(ERRORS, ".1e") | {"peak MiB": ".1f", "mark": ""}
 NOTES = [
-    "inference: forward; training: forward and backward. SGConv: the whole layer with auto's choice of a backend. "
-    "kernel: the generation of its taps, which does not grow with the batch. The backends: one convolution each, in "
-    "the dtype by autocast; fft and reference compute in fp32 and fp64 whatever it is. norm and sum, where Triton "
-    "runs: the layer norm before a block's MLP and the residual sum after it, with their changes of layout.",
+    "inference: forward; training: forward and backward. SGConv: the whole layer with auto's choice of a backend; "
+    "kernel: making its taps, whatever the batch. fft and reference compute in fp32 and fp64 in any dtype. norm and "
+    "sum, where triton runs: a block's layer norm and residual sum, with their changes of layout.",
     "ms: median over the rounds; spread: (slowest - fastest round) / median. ratio: how many times as fast as the 7x7 "
     f"convolution. {RATIO}",
-    "errors: ||got - want|| / ||want|| of the output and of the gradients of x and taps, from the definition in "
-    "float64 on the same inputs, for as many channels as its matrices allow. wrong: an error above "
-    f"{', '.join(f'{bound:g} in {dtype}' for dtype, bound in TOLERANCE.items())}.",
-    "peak MiB: what a step allocates at its peak beyond its inputs; only known on CUDA.",
-    f"auto: the backend that auto chooses; too slow: it takes {TIE - 1:.0%} more than the fastest. A backend is left "
-    f"out where an L x L matrix per channel takes more than {MATRIX_LIMIT / 2**30:g} GiB in all; triton needs a GPU "
-    "and half precision.",
+    "errors: ||got - want|| / ||want|| of the output and the gradients of x and taps, from the definition in float64. "
+    f"wrong: above {', '.join(f'{bound:g} in {dtype}' for dtype, bound in TOLERANCE.items())}. peak MiB: what a step "
+    "allocates beyond its inputs; only known on CUDA.",
+    f"auto: what auto chooses; too slow: it takes {TIE - 1:.0%} more than the fastest. A backend is left out where an "
+    f"L x L matrix per channel takes more than {MATRIX_LIMIT / 2**30:g} GiB in all; triton needs a GPU and half "
+    "precision.",
 ]
 
 
@@ -115,15 +110,10 @@ def measure(layer: Layer, session: Session) -> list[dict[str, Any]]:
     device = torch.device(layer.device)
     sets = [prepare(layer) for _ in range(SETS.get(layer.device, 1))]
     steps = {name: _in_turns([steps[name] for steps in sets]) for name in sets[0]}
-    sample = Sample.of(layer)
-    errors: dict[str, dict[str, float]] = {}
-    for name in [name for name in steps if name in BACKENDS]:
-        check = functools.partial(_check, sample, layer, name, errors)
-        session.attempt(f"{name} in {layer}", check)
-        if name not in errors:
-            del steps[name]
-        elif is_wrong(errors[name], layer):
-            session.fail(f"{name} in {layer} is wrong: its errors are not within {TOLERANCE[layer.dtype]:g}.")
+    errors = errors_of(layer, [name for name in steps if name in BACKENDS], session)
+    for name in [name for name in errors if is_wrong(errors[name], layer)]:
+        session.fail(f"{name} in {layer} is wrong: its errors are not within {TOLERANCE[layer.dtype]:g}.")
+    steps = {name: step for name, step in steps.items() if name in errors or name not in BACKENDS}
     peaks = {name: _peak(step) for name, step in steps.items()} if device.type == "cuda" else {}
     timings = session.time(str(layer), list(steps.values()), device)
     return rows(layer, dict(zip(steps, timings, strict=True)), errors, peaks)
@@ -214,25 +204,29 @@ def _peak(step: Step) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-class Sample(NamedTuple):
-    """Random x, taps and dy of a layer's convolution, and y, dx and dtaps of some of its channels in float64."""
+def errors_of(layer: Layer, backends: Sequence[str], session: Session) -> dict[str, dict[str, float]]:
+    """ERRORS of every backend that does not fail: relative, of random x, dy and taps, from the definition in float64.
 
-    x: Tensor
-    taps: Tensor
-    dy: Tensor
-    channels: Tensor
-    truth: list[Tensor]
+    They are those of as many channels, from the first to the last, as there are matrices in TRUTH_LIMIT.
+    """
+    x, dy = (layer.images().flatten(2) for _ in range(2))
+    num_channels, length = layer.shape[0], layer.length
+    taps = torch.randn(num_channels, 2 * length - 1, device=layer.device)
+    num = min(num_channels, max(1, TRUTH_LIMIT // (8 * length**2)))
+    some = torch.linspace(0, num_channels - 1, num, device=layer.device).long()
+    truth = results("reference", *(tensor[..., some, :].double() for tensor in (x, taps, dy)))
+    found = {}
 
-    @classmethod
-    def of(cls, layer: Layer) -> "Sample":
-        """By the definition, on channels from the first to the last whose matrices fit into TRUTH_LIMIT."""
-        x, dy = (layer.images().flatten(2) for _ in range(2))
-        num_channels, length = layer.shape[0], layer.length
-        taps = torch.randn(num_channels, 2 * length - 1, device=layer.device)
-        num = min(num_channels, max(1, TRUTH_LIMIT // (8 * length**2)))
-        channels = torch.linspace(0, num_channels - 1, num, device=layer.device).long()
-        exact = (tensor[..., channels, :].double() for tensor in (x, taps, dy))
-        return cls(x, taps, dy, channels, results("reference", *exact))
+    def check(backend: str) -> None:
+        poison([x, taps])
+        with _autocast(layer):
+            own = results(backend, x, taps, dy)
+        errors = [relative_error(got[..., some, :], want) for got, want in zip(own, truth, strict=True)]
+        found[backend] = dict(zip(ERRORS, errors, strict=True))
+
+    for backend in backends:
+        session.attempt(f"{backend} in {layer}", functools.partial(check, backend))
+    return found
 
 
 def results(backend: str, x: Tensor, taps: Tensor, dy: Tensor) -> list[Tensor]:
@@ -240,16 +234,6 @@ def results(backend: str, x: Tensor, taps: Tensor, dy: Tensor) -> list[Tensor]:
     x, taps = x.detach().requires_grad_(), taps.detach().requires_grad_()
     y = long_conv(x, taps, backend)
     return [y.detach(), *torch.autograd.grad(y, [x, taps], dy.to(y.dtype))]
-
-
-def _check(sample: Sample, layer: Layer, backend: str, errors: dict[str, dict[str, float]]) -> None:
-    """Note the relative errors of a backend."""
-    poison([sample.x, sample.taps])
-    with _autocast(layer):
-        found = results(backend, sample.x, sample.taps, sample.dy)
-    names = ("y error", "dx error", "dtaps error")
-    own = [tensor[..., sample.channels, :] for tensor in found]
-    errors[backend] = dict(zip(names, map(relative_error, own, sample.truth), strict=True))
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -21,19 +21,8 @@ Row = dict[str, Any]
 
 _logger = logging.getLogger(__name__)
 
-COLUMNS = {
-    "model": "",
-    "run": "",
-    "mode": "",
-    "px": "",
-    "batch": "d",
-    "parameters": ",d",
-    "GMACs": ".2f",
-    "images/s": ".4g",
-    "spread, %": ".1f",
-    "ratio": ".3f",
-    "peak GiB": ".2f",
-}
+COLUMNS = {"model": "", "run": "", "mode": "", "px": "", "batch": "d", "parameters": ",d", "GMACs": ".2f"}
+COLUMNS |= {"images/s": ".4g", "spread, %": ".1f", "ratio": ".3f", "peak GiB": ".2f"}
 NOTES = [
     "run: eager; compiled by torch.compile; after timm's reparameterize_model; in channels-last memory format. GMACs: "
     "of an image, the algorithm's; 1 MAC = 2 FLOPs. They and the parameters are the model's before it is "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..longconv.triton import toeplitz as triton_toeplitz
-from ..longconv.triton.tiles import Tile, conv_macs, conv_tile, dtaps_macs, dtaps_tile
+from ..longconv.triton.tiles import Tile, conv_tile, dtaps_tile
 from .ops import poison, relative_error
 from .session import Session
 from .table import Table
@@ -48,22 +48,11 @@ CANDIDATES = {
         *_tiles(64, 128, 32, warps=[4], stages=[3, 4]),
     ),
 }
-COLUMNS = {
-    "operator": "",
-    "channels": "d",
-    "L": "d",
-    "batch": "d",
-    "tile": "",
-    "ms": ".4f",
-    "spread, %": ".1f",
-    "ratio": ".3f",
-    "TFLOP/s": ".1f",
-    "error": ".1e",
-    "mark": "",
-}
+NAMES = {"operator": "", "channels": "d", "L": "d", "batch": "d", "tile": ""}
+COLUMNS = NAMES | {"ms": ".4f", "spread, %": ".1f", "ratio": ".3f", "error": ".1e", "mark": ""}
 NOTES = [
     "conv: the convolution, forward or to the input, with laying out the taps; dtaps: the gradient of the taps. A "
-    "tile: rows, columns, depth, warps, stages. TFLOP/s: with what fills tiles up. ms: median over the rounds; "
+    "tile: rows, columns, depth, warps, stages. ms: median over the rounds; "
     "spread: (slowest - fastest round) / median.",
     f"ratio: how many times as fast as the tile that the code chooses now. {RATIO}",
     "error: ||a - b|| / ||b|| from the chosen tile's result; wrong above "
@@ -109,12 +98,6 @@ class Problem(NamedTuple):
         if self.operator == "conv":
             return triton_programs.convolve(x, taps, 1 - self.length, tile)
         return triton_programs.correlate(x, dy, 1 - self.length, tile)
-
-    def macs(self, tile: Tile) -> int:
-        """What is multiplied then."""
-        if self.operator == "conv":
-            return conv_macs(self.batch, self.channels, self.length, 1 - self.length, self.length - 1, tile)
-        return dtaps_macs(self.batch, self.channels, self.length, 1 - self.length, tile)
 
 
 def table(shapes: Sequence[tuple[int, int, int]], batches: Sequence[int], device: str, session: Session) -> Table:
@@ -214,7 +197,7 @@ def _step(device: str, run: Step) -> Step:
 def _row(
     problem: Problem, tile: Tile, errors: dict[Tile, float], timings: dict[Tile, Timing], fastest: Tile
 ) -> dict[str, Any]:
-    row = dict(zip(COLUMNS, (*problem, _text(tile)), strict=False)) | {"error": errors.get(tile)}
+    row = dict(zip(NAMES, (*problem, _text(tile)), strict=True)) | {"error": errors.get(tile)}
     if tile not in timings:
         return row | {"mark": "wrong" if tile in errors else "not timed"}
     timing = timings[tile]
@@ -223,7 +206,6 @@ def _row(
         "ms": 1000 * timing.median / SETS,
         "spread, %": 100 * timing.spread,
         "ratio": timing.ratio,
-        "TFLOP/s": 2 * problem.macs(tile) * SETS / timing.median / 1e12,
         "mark": ", ".join(mark for mark, here in marks.items() if here),
         "seconds": timing.by_round,
     }

@@ -17,7 +17,6 @@ from sgconvnext.profile import ops, timing
 from sgconvnext.profile.session import Session
 from sgconvnext.profile.timing import Timing
 
-ERRORS = ("y error", "dx error", "dtaps error")
 Rows = list[dict[str, Any]]
 
 
@@ -60,7 +59,7 @@ def test_every_backend_that_fits_is_checked_and_timed_beside_the_depthwise_convo
         assert all(row["ms"] > 0 and row["ratio"] > 0 and len(row["seconds"]) == 2 for row in rows)
         assert all("peak MiB" not in row for row in rows)  # on a CPU
         for row in rows:
-            found = [row[name] for name in ERRORS if name in row]
+            found = [row[name] for name in ops.ERRORS if name in row]
             assert len(found) == (3 if row["what"] in backends else 0)
             assert all(0 < error <= ops.TOLERANCE[dtype] for error in found)
         assert sum("fastest" in row["mark"] for row in rows) == 1
@@ -124,14 +123,14 @@ def test_layer_that_does_not_fit_is_noted_beside_the_others(
 
 
 def test_ctrl_c_keeps_the_layers_that_were_measured(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    check = ops._check
+    real = ops.results
 
-    def interrupted(sample: Any, layer: ops.Layer, *arguments: Any) -> None:
-        if layer.batch == 2:
+    def interrupted(backend: str, x: Tensor, *others: Tensor) -> Any:
+        if backend == "fft" and len(x) == 2:
             raise KeyboardInterrupt
-        check(sample, layer, *arguments)
+        return real(backend, x, *others)
 
-    monkeypatch.setattr(ops, "_check", interrupted)
+    monkeypatch.setattr(ops, "results", interrupted)
     table, code = run("--shape", "4x3x3", "--batch", 1, 2, 3, "--mode", "inference")
     assert code == 130
     assert {row["batch"] for row in table["rows"]} == {1}
@@ -169,7 +168,7 @@ def test_convolutions_of_the_layer_and_their_gradients_are_timed(monkeypatch: py
 def test_choice_is_right_within_a_tie(slower: float, mark: str) -> None:
     seconds = {"7x7": 1.0, "SGConv": 4.0, "kernel": 0.5, "fft": 2.0, "toeplitz": 2.0 * slower, "reference": 0.1}
     timings = {name: Timing([[time]], [[1.0]]) for name, time in seconds.items()}
-    errors = {name: dict.fromkeys(ERRORS, 1e-7) for name in ("fft", "toeplitz", "reference")}
+    errors = {name: dict.fromkeys(ops.ERRORS, 1e-7) for name in ("fft", "toeplitz", "reference")}
     errors["reference"]["dx error"] = math.nan
     rows = {row["what"]: row for row in ops.rows(ops.Layer((8, 4, 4)), timings, errors, {})}
     assert (rows["fft"]["mark"], rows["toeplitz"]["mark"], rows["reference"]["mark"]) == ("fastest", mark, "wrong")

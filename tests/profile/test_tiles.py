@@ -47,17 +47,17 @@ def test_tiles_of_every_problem_are_timed_and_the_fastest_are_lines_for_the_code
     programs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Session, "time", timed)
-    found = tiles.table([(2, 4, 4), (1, 3, 3)], [18, 17], "cpu", own := Session(1, 1.0))
+    found = tiles.table([(2, 6, 6), (1, 5, 5)], [18, 17], "cpu", own := Session(1, 1.0))
     assert not own.failed
     problems = [
         (operator, channels, length, batch)
         for operator in ("conv", "dtaps")
         for batch in (17, 18)
-        for channels, length in ((1, 9), (2, 16))
+        for channels, length in ((1, 25), (2, 36))
     ]
     assert [tuple(row[name] for name in ("operator", "channels", "L", "batch")) for row in found.rows[::3]] == problems
     for problem, *rows in zip(problems, found.rows[::3], found.rows[1::3], found.rows[2::3], strict=True):
-        chosen = tiles.conv_tile(18, 9) if problem[0] == "conv" else tiles.dtaps_tile(18, 9)
+        chosen = CONV if problem[0] == "conv" else DTAPS
         assert [row["tile"] for row in rows] == [f"Tile{tuple(tile)}" for tile in (chosen, SMALL, DEEP)]
         assert all(row["error"] < 1e-2 for row in rows)
         assert [row["ratio"] for row in rows] == [1, 2, 3]
@@ -115,8 +115,6 @@ def test_tile_that_fails_or_is_wrong_is_said_so_and_never_the_fastest(
     chosen, small, deep = found.rows
     assert (chosen["mark"], small["mark"], deep["mark"]) == ("chosen", mark, "fastest")
     assert ("ms" in small) == (mark == "")
-    macs = 2 * 4 * 16 * 16 * 32  # for 2 channels: by conv 2 x 2 tiles, by dtaps 1 + 2 + 1 of 3 diagonals
-    assert deep["TFLOP/s"] == pytest.approx(2 * macs / deep["ms"] / 1e9)
     failed = f"Tile(16, 16, 16, 4, 2) in {operator} of 17 x 2 x 25 failed: out of resource: shared memory"
     assert own.problems == ([failed] if mark == "not timed" else [])
     assert found.notes[-2:] == [f"        (ANY, ANY, {deep['tile']}),", "    )"]
