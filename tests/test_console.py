@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import refused
@@ -18,7 +19,6 @@ from training_helpers import ROOT, command_line, environment, only_line, trained
 import validate
 from sgconvnext import console, figure
 from sgconvnext.profile import throughput
-from sgconvnext.profile.gpu_plan import Deadline
 from sgconvnext.training import checkpoint
 
 ATTO = "sgconvnext_atto,depths=[1,1,1,1],dims=[8,16,24,32]"
@@ -173,39 +173,33 @@ def test_rows_that_were_measured_before_ctrl_c_are_kept(
 
     done: list[str] = []
 
-    def compare(models: list[str], work: object, *_: object) -> tuple[list[dict[str, object]], list[str]]:
+    def compare(what: str, models: list[str], works: object, session: object, table: Any, best: object) -> None:
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(str(work))
-        return [{"model": models[0], "mode": "inference", "px": "32", "batch": len(done)}], []
+        done.append(what)
+        table.rows.append({"model": models[0], "mode": "inference", "px": "32", "batch": len(done)})
 
     monkeypatch.setattr(throughput, "compare", compare)
     before = signal.getsignal(signal.SIGINT)
-    for command, sizes in (("throughput", ["--batch", "1", "2", "3"]), ("scaling", [])):
+    for line, missed in {
+        "throughput --img-size 32 --batch 1 2 3": "32 px, batch 3",
+        "scaling --img-size 32 64 96": "96 px, batch 1",
+    }.items():
         done.clear()
-        px = ["--img-size", "32"] if command == "throughput" else ["--img-size", "32", "64", "96"]
-        monkeypatch.setattr(sys, "argv", ["profile", command, ATTO, *px, *sizes, "--json"])
+        monkeypatch.setattr(sys, "argv", ["profile", *line.split(), "--json", "--", ATTO])
         with pytest.raises(SystemExit, match=r"^130$"):
             profile.main()
         [table] = json.loads(capsys.readouterr().out)["tables"]
         assert [row["batch"] for row in table["rows"]] == [1, 2]
-        assert table["notes"][-1] == "Interrupted: what was yet to be measured is missing."
+        assert table["notes"][-1] == f"Not measured before Ctrl-C: inference, {missed} of {ATTO}."
     signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_ends_the_parts_of_a_deadline_and_keeps_what_they_found() -> None:
-    deadline, found = Deadline(60), []
-    deadline.share(0.5).run("first", lambda: found.append(1))
-    deadline.share(0.5).run("second", interrupted)
-    deadline.run("third", lambda: found.append(3))
-    assert found == [1]
-    assert deadline.interrupted
-    assert deadline.notes() == ["Not reached before Ctrl-C: second; third."]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_ctrl_c_while_memory_is_measured_ends_its_process_without_a_word(tmp_path: Path) -> None:
-    line = command_line(*f"-m sgconvnext.profile throughput {ATTO} --img-size 32 --batch 1 --seconds 0.1".split())
+    line = command_line(
+        *f"-m sgconvnext.profile throughput {ATTO} --img-size 32 --batch 1 --round-seconds 0.1".split()
+    )
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -233,19 +227,6 @@ def test_picture_of_another_kind_is_refused(name: str, tmp_path: Path) -> None:
     figure.check(tmp_path / "x.PNG")
 
 
-def test_profile_of_a_gpu_refuses_to_write_json_into_another_kind_of_file(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    from sgconvnext.profile import __main__ as profile
-
-    monkeypatch.setattr(sys, "argv", ["profile", "gpu", "--part", "1", "--out", str(tmp_path / "a.csv")])
-    with pytest.raises(SystemExit, match=r"^2$"):
-        profile.main()
-    assert only_line("sgconvnext", capsys.readouterr().err.replace("sgconvnext.profile:", "sgconvnext.py:")).endswith(
-        "a.csv: the file is JSON; name it a.json\n"
-    )
-
-
 def test_home_folder_is_found_in_every_path_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from sgconvnext import export
     from sgconvnext.profile import __main__ as profile
@@ -258,7 +239,6 @@ def test_home_folder_is_found_in_every_path_of_the_command_line(monkeypatch: pyt
         (visualize.parse_args, "erf ~/a.pth ~/b.jpg --against=~/c.pth --out=~/d.png", ["network", "image"]),
         (visualize.parse_args, "erf ~/a.pth ~/b.jpg --against=~/c.pth --out=~/d.png", ["against", "out"]),
         (profile.parse_args, "throughput a --plot=~/a.png --accuracy=~/b.csv", ["plot", "accuracy"]),
-        (profile.parse_args, "gpu --part 1 --out=~/a.json", ["out"]),
     ]:
         monkeypatch.setattr(sys, "argv", ["command", *line.split()])
         args = parse()  # type: ignore[operator]
@@ -273,7 +253,7 @@ def test_count_that_torch_does_not_take_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["0", "nan", "inf", "1e300", "-1", "x"])
-def test_seconds_that_no_alarm_takes_are_refused(text: str) -> None:
+def test_seconds_that_nobody_waits_for_are_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="positive number of seconds, at most 1000000"):
         console.seconds(text)
     assert console.seconds("0.5") == 0.5

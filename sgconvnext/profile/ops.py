@@ -1,50 +1,56 @@
 """The backends of the long convolution next to ConvNeXt's 7x7 depthwise convolution, on single layers."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import is_out_of_memory
 from ..longconv import BACKENDS, available_backends, choose_backend, long_conv
 from ..models.kernel import lag_taps
 from ..models.layer import SGConv2d
-from .table import Table, interruptible
-from .timing import Step, Timing, interleave
+from .session import Session
+from .table import Table
+from .timing import RATIO, Step, Timing
 from .workload import DTYPES, settle_backends
 
 # bytes; a backend that would build more L x L matrices, at once or one after another, is left out
 MATRIX_LIMIT = 2**30
+TRUTH_LIMIT = 2**28  # bytes of the matrices of the channels on which backends are checked
+TOLERANCE = {"fp32": 1e-5, "bf16": 8e-3, "fp16": 1e-3}  # relative; in half precision a unit in the last place
 TIE = 1.05  # backends this close to the fastest are as good: rounds differ by more
+SETS = {"cuda": 3}  # of inputs, taken in turns: a GPU's L2 cache holds the whole input of a late stage
 # tiny's stages at 224 px, and a map that is short enough for a matrix product
 DEFAULT_SHAPES = ((96, 56, 56), (192, 28, 28), (384, 14, 14), (768, 7, 7), (768, 4, 4))
 
+ERRORS = ("y error", "dx error", "dtaps error")
 COLUMNS = {
-    "channels": "d",
-    "map": "",
+    "layer": "",
     "L": "d",
     "batch": "d",
     "mode": "",
-    "7x7 ms": ".3g",
-    "SGConv ms": ".3g",
+    "what": "",
+    "ms": ".3g",
+    "spread, %": ".1f",
     "ratio": ".3f",
-    "kernel ms": ".3g",
-    **{f"{name} ms": ".3g" for name in BACKENDS},
-    "auto": "",
-    "fastest": "",
-    "right": "",
 }
+COLUMNS |= dict.fromkeys(ERRORS, ".1e") | {"peak MiB": ".1f", "mark": ""}
 NOTES = [
-    "SGConv: the whole layer with auto's choice of a backend; ratio: its speed over the 7x7 depthwise "
-    "convolution's, above 1 is faster. Of its parts, kernel is the generation of the taps, which does not grow with "
-    "the batch and which inference on a CPU does once, and the rest one convolution by each backend, in the dtype by "
-    "autocast; fft and reference compute in fp32 and fp64 whatever it is.",
-    f"right: auto's choice is the fastest, or less than {TIE - 1:.0%} slower. "
-    f"-: left out, because an L x L matrix per channel takes more than {MATRIX_LIMIT / 2**30:g} GiB in all, or "
-    "because triton needs a GPU and half precision.",
+    "inference: forward; training: forward and backward. SGConv: the whole layer with auto's choice of a backend; "
+    "kernel: making its taps, whatever the batch. fft and reference compute in fp32 and fp64 in any dtype. norm and "
+    "sum, where triton runs: a block's layer norm and residual sum, with their changes of layout.",
+    "ms: median over the rounds; spread: (slowest - fastest round) / median. ratio: how many times as fast as the 7x7 "
+    f"convolution. {RATIO}",
+    "errors: ||got - want|| / ||want|| of the output and the gradients of x and taps, from the definition in float64. "
+    f"wrong: above {', '.join(f'{bound:g} in {dtype}' for dtype, bound in TOLERANCE.items())}. peak MiB: what a step "
+    "allocates beyond its inputs; only known on CUDA.",
+    f"auto: what auto chooses; too slow: it takes {TIE - 1:.0%} more than the fastest. A backend is left out where an "
+    f"L x L matrix per channel takes more than {MATRIX_LIMIT / 2**30:g} GiB in all; triton needs a GPU and half "
+    "precision.",
 ]
 
 
@@ -59,7 +65,6 @@ class Layer:
         dtype: of DTYPES; of the images, as a block's are under autocast.
         channels_last: memory format of images and weights.
         device: "cpu" or "cuda".
-        autocast: False gives the 7x7 convolution's weights that dtype too.
     """
 
     shape: tuple[int, int, int]
@@ -68,60 +73,67 @@ class Layer:
     dtype: str = "fp32"
     channels_last: bool = False
     device: str = "cpu"
-    autocast: bool = True
 
     def __str__(self) -> str:
         channels, height, width = self.shape
         return f"{self.mode} of {self.batch} x {channels} x {height} x {width}"
 
     @property
-    def weight_dtype(self) -> torch.dtype:
-        """Of the 7x7 convolution."""
-        return torch.float32 if self.autocast else DTYPES[self.dtype]
+    def length(self) -> int:
+        """L."""
+        return self.shape[1] * self.shape[2]
+
+    def images(self) -> Tensor:
+        """Normal noise."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        image = torch.randn(self.batch, *self.shape, device=self.device)
+        return image.to(DTYPES[self.dtype], memory_format=layout)
 
 
-def table(layers: Sequence[Layer], rounds: int, seconds: float) -> Table:
-    """Time every backend on every layer in interleaved rounds.
+def table(layers: Sequence[Layer], session: Session) -> Table:
+    """Check and time every backend on every layer.
 
     Args:
         layers: shapes, batches and modes.
-        rounds, seconds: of `timing.interleave`.
+        session: rounds and time. It has failed if a backend is wrong.
     """
     result = Table("The long convolution's backends and the 7x7 depthwise convolution", COLUMNS, notes=list(NOTES))
-    with interruptible(result):
-        for layer in layers:
-            found, note = _measured(layer, rounds, seconds)
-            result.rows += found
-            result.notes += note
+    for layer in layers:
+        session.attempt(str(layer), lambda layer=layer: result.rows.extend(measure(layer, session)))  # type: ignore[misc]
     return result
 
 
-def _measured(layer: Layer, rounds: int, seconds: float) -> tuple[list[dict[str, Any]], list[str]]:
-    """The row of a layer, or a note that the memory does not hold it."""
-    try:
-        steps = prepare(layer)
-        timings = interleave(list(steps.values()), torch.device(layer.device), rounds, seconds)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return [], [f"{layer}: out of memory; not timed."]
-    return [row(layer, dict(zip(steps, timings, strict=True)))], []
+def measure(layer: Layer, session: Session) -> list[dict[str, Any]]:
+    """The rows of a layer. A backend that fails is left out."""
+    settle_backends()
+    torch.manual_seed(0)
+    device = torch.device(layer.device)
+    sets = [prepare(layer) for _ in range(SETS.get(layer.device, 1))]
+    steps = {name: _in_turns([steps[name] for steps in sets]) for name in sets[0]}
+    errors = errors_of(layer, [name for name in steps if name in BACKENDS], session)
+    for name in [name for name in errors if is_wrong(errors[name], layer)]:
+        session.fail(f"{name} in {layer} is wrong: its errors are not within {TOLERANCE[layer.dtype]:g}.")
+    steps = {name: step for name, step in steps.items() if name in errors or name not in BACKENDS}
+    peaks = {name: _peak(step) for name, step in steps.items()} if device.type == "cuda" else {}
+    timings = session.time(str(layer), list(steps.values()), device)
+    return rows(layer, dict(zip(steps, timings, strict=True)), errors, peaks)
+
+
+def _in_turns(steps: Sequence[Step]) -> Step:
+    """A step that is another one of them each time."""
+    turn = itertools.cycle(steps)
+    return lambda: next(turn)()
 
 
 def prepare(layer: Layer) -> dict[str, Step]:
     """By name, a step of the 7x7 convolution, of the whole layer, of its kernel, and of every backend that fits."""
-    settle_backends()
-    torch.manual_seed(0)
     channels, height, width = layer.shape
-    device = torch.device(layer.device)
-    layout = torch.channels_last if layer.channels_last else torch.contiguous_format
     training = layer.mode == "training"
-    image = torch.randn(layer.batch, *layer.shape, device=device).to(DTYPES[layer.dtype], memory_format=layout)
-    image.requires_grad_(training)
+    image = layer.images().requires_grad_(training)
     signal = image.detach().flatten(2).requires_grad_(training)
-    depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels, device=device)
-    depthwise.to(layer.weight_dtype).to(memory_format=layout)
-    mixer = SGConv2d(channels, (height, width), device=device).train(training)
+    depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels, device=layer.device)
+    depthwise.to(memory_format=torch.channels_last if layer.channels_last else torch.contiguous_format)
+    mixer = SGConv2d(channels, (height, width), device=layer.device).train(training)
     taps = lag_taps(mixer.kernel(), mixer.skip).detach().requires_grad_(training)
 
     steps: dict[str, Step] = {
@@ -135,7 +147,27 @@ def prepare(layer: Layer) -> dict[str, Step]:
         if _matrix_bytes(backend, layer) <= MATRIX_LIMIT:
             convolve = functools.partial(long_conv, signal, taps, backend)
             steps[backend] = _step(layer, convolve, [signal, taps])
-    return steps
+    return steps | (_around_the_mlp(layer, signal) if "triton" in backends else {})
+
+
+def _around_the_mlp(layer: Layer, signal: Tensor) -> dict[str, Step]:
+    """Steps of the block's layer norm, (B, C, L) to (B, L, C), and of its residual sum, back to (B, C, L)."""
+    from ..longconv.triton.block import layer_norm_channels_last, scale_residual_channels_first
+
+    channels, training = layer.shape[0], layer.mode == "training"
+    y = signal.detach().mT.contiguous().requires_grad_(training)
+    shortcut = torch.randn(signal.shape, device=signal.device).requires_grad_(training)
+    weight, bias, gamma = (torch.randn(channels, device=signal.device).requires_grad_(training) for _ in range(3))
+    norms: dict[str, Callable[[], Tensor]] = {
+        "norm by torch": lambda: F.layer_norm(signal.mT, (channels,), weight, bias, 1e-6),
+        "norm by triton": lambda: layer_norm_channels_last(signal, weight, bias, 1e-6),
+    }
+    sums: dict[str, Callable[[], Tensor]] = {
+        "sum by torch": lambda: shortcut + (y * gamma).mT,
+        "sum by triton": lambda: scale_residual_channels_first(shortcut, y, gamma),
+    }
+    steps = {name: _step(layer, forward, [signal, weight, bias]) for name, forward in norms.items()}
+    return steps | {name: _step(layer, forward, [shortcut, y, gamma]) for name, forward in sums.items()}
 
 
 def _step(layer: Layer, forward: Callable[[], Tensor], inputs: list[Tensor]) -> Step:
@@ -155,32 +187,90 @@ def _step(layer: Layer, forward: Callable[[], Tensor], inputs: list[Tensor]) -> 
 
 
 def _autocast(layer: Layer) -> torch.autocast:
-    return torch.autocast(layer.device, DTYPES[layer.dtype], enabled=layer.autocast and layer.dtype != "fp32")
+    return torch.autocast(layer.device, DTYPES[layer.dtype], enabled=layer.dtype != "fp32")
 
 
 def _matrix_bytes(backend: str, layer: Layer) -> int:
     """Of the matrix (C, L, L) that a backend builds, if it builds one."""
-    channels, height, width = layer.shape
-    return {"toeplitz": 4, "reference": 8}.get(backend, 0) * channels * (height * width) ** 2
+    return {"toeplitz": 4, "reference": 8}.get(backend, 0) * layer.shape[0] * layer.length**2
 
 
-def row(layer: Layer, timings: dict[str, Timing]) -> dict[str, Any]:
-    """A row with COLUMNS, of timings by the names of `prepare`."""
-    channels, height, width = layer.shape
-    backends = {name: timing.median for name, timing in timings.items() if name in BACKENDS}
-    signal = torch.empty(layer.batch, channels, height * width, device=layer.device, dtype=DTYPES[layer.dtype])
-    chosen, fastest = choose_backend(signal), min(backends, key=backends.__getitem__)
-    right = chosen in backends and backends[chosen] < TIE * backends[fastest]
-    return {
-        "channels": channels,
-        "map": f"{height}x{width}",
-        "L": height * width,
-        "batch": layer.batch,
-        "mode": layer.mode,
-        **{f"{name} ms": 1000 * timing.median for name, timing in timings.items()},
-        "ratio": timings["SGConv"].ratio,
-        "auto": chosen,
-        "fastest": fastest,
-        "right": "yes" if right else "no",
-        "seconds": {name: timing.by_round for name, timing in timings.items()},
-    }
+def _peak(step: Step) -> float:
+    """MiB that a step allocates on CUDA beyond what is there before. The first step may try out algorithms."""
+    step()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def errors_of(layer: Layer, backends: Sequence[str], session: Session) -> dict[str, dict[str, float]]:
+    """ERRORS of every backend that does not fail: relative, of random x, dy and taps, from the definition in float64.
+
+    They are those of as many channels, from the first to the last, as there are matrices in TRUTH_LIMIT.
+    """
+    x, dy = (layer.images().flatten(2) for _ in range(2))
+    num_channels, length = layer.shape[0], layer.length
+    taps = torch.randn(num_channels, 2 * length - 1, device=layer.device)
+    num = min(num_channels, max(1, TRUTH_LIMIT // (8 * length**2)))
+    some = torch.linspace(0, num_channels - 1, num, device=layer.device).long()
+    truth = results("reference", *(tensor[..., some, :].double() for tensor in (x, taps, dy)))
+    found = {}
+
+    def check(backend: str) -> None:
+        poison([x, taps])
+        with _autocast(layer):
+            own = results(backend, x, taps, dy)
+        errors = [relative_error(got[..., some, :], want) for got, want in zip(own, truth, strict=True)]
+        found[backend] = dict(zip(ERRORS, errors, strict=True))
+
+    for backend in backends:
+        session.attempt(f"{backend} in {layer}", functools.partial(check, backend))
+    return found
+
+
+def results(backend: str, x: Tensor, taps: Tensor, dy: Tensor) -> list[Tensor]:
+    """y, dx and dtaps."""
+    x, taps = x.detach().requires_grad_(), taps.detach().requires_grad_()
+    y = long_conv(x, taps, backend)
+    return [y.detach(), *torch.autograd.grad(y, [x, taps], dy.to(y.dtype))]
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want||; NaN where something is not finite."""
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def is_wrong(errors: dict[str, float], layer: Layer) -> bool:
+    """Whether an error is too large, or NaN."""
+    return not all(error <= TOLERANCE[layer.dtype] for error in errors.values())
+
+
+def poison(like: Sequence[Tensor]) -> None:
+    """Leave NaN in the memory that the next tensors of these sizes get, so that what is not written shows."""
+    held = [torch.full_like(tensor, torch.nan) for tensor in like for _ in range(2)]
+    del held
+
+
+def rows(
+    layer: Layer, timings: dict[str, Timing], errors: dict[str, dict[str, float]], peaks: dict[str, float]
+) -> list[dict[str, Any]]:
+    """A row with COLUMNS for every name of `prepare`."""
+    wrong = {name for name in errors if is_wrong(errors[name], layer)}
+    signal = torch.empty(1, device=layer.device, dtype=DTYPES[layer.dtype])
+    chosen = choose_backend(signal.expand(layer.batch, layer.shape[0], layer.length))
+    fastest = min((timings[name].median for name in errors if name not in wrong), default=0.0)
+    found = []
+    for name, timing in timings.items():
+        marks = {
+            "auto": name == chosen,
+            "too slow": name == chosen and timing.median >= TIE * fastest,
+            "fastest": name in errors and timing.median == fastest,
+            "wrong": name in wrong,
+        }
+        row = {"layer": "x".join(map(str, layer.shape)), "L": layer.length, "batch": layer.batch, "mode": layer.mode}
+        row |= {"what": name, "ms": 1000 * timing.median, "spread, %": 100 * timing.spread, "ratio": timing.ratio}
+        row |= errors.get(name, {}) | ({"peak MiB": peaks[name]} if name in peaks else {})
+        mark = ", ".join(mark for mark, here in marks.items() if here)
+        found.append(row | {"mark": mark, "seconds": timing.by_round})
+    return found

@@ -1,38 +1,41 @@
 """Cost and memory of models against the resolution."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from . import throughput
+from .session import Session
 from .table import Table
 from .workload import Workload, spoken_size
 
 
-def table(models: Sequence[str], works: Sequence[Workload], rounds: int, seconds: float) -> Table:
+def table(models: Sequence[str], works: Sequence[Workload], session: Session) -> Table:
     """Speed and memory of all models together at every size, and how they grow over the last step.
 
     Args:
-        models: as in `throughput.table`.
+        models: as in `throughput.tables`.
         works: of one mode or more, from small to large.
-        rounds, seconds: of `timing.interleave`.
+        session: rounds and time.
 
     Raises:
-        ValueError: as in `throughput.table`.
+        ValueError: as in `throughput.tables`.
     """
-    result = throughput.table(models, works, len(models), rounds, seconds)
+    result, *_ = throughput.tables(models, [[work] for work in works], len(models), session)
     result.title = "Cost against resolution"
-    for mode in dict.fromkeys(work.mode for work in works) if result.complete else ():
+    for mode, model in itertools.product(dict.fromkeys(work.mode for work in works), dict.fromkeys(models)):
         before, last = [work for work in works if work.mode == mode][-2:]
-        for model in dict.fromkeys(models):
-            rows = [row for row in result.rows if row["mode"] == mode and row["model"] == model]
-            small, large = (next(row for row in rows if row["px"] == spoken_size(w.img_size)) for w in (before, last))
-            growth = math.prod(last.img_size) / math.prod(before.img_size)
-            result.notes.append(
-                f"{model}, {mode}, {small['px']} to {large['px']} px: time grows as pixels^"
-                f"{_power(growth, _time_of(small), _time_of(large))}, memory as pixels^"
-                f"{_power(growth, small.get('peak GiB'), large.get('peak GiB'))}."
-            )
+        rows = {row["px"]: row for row in result.rows if row["mode"] == mode and row["model"] == model}
+        small, large = (rows.get(spoken_size(work.img_size)) for work in (before, last))
+        if small is None or large is None:
+            continue  # the session ended before
+        growth = math.prod(last.img_size) / math.prod(before.img_size)
+        result.notes.append(
+            f"{model}, {mode}, {small['px']} to {large['px']} px: time grows as pixels^"
+            f"{_power(growth, _time_of(small), _time_of(large))}, memory as pixels^"
+            f"{_power(growth, small.get('peak GiB'), large.get('peak GiB'))}."
+        )
     return result
 
 

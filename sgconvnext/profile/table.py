@@ -1,12 +1,14 @@
 """Tables that say what they were measured on: for people, as Markdown, CSV or JSON."""
 
-import contextlib
 import csv
+import importlib.metadata
+import importlib.util
 import io
 import json
 import platform
 import re
-from collections.abc import Iterator, Sequence
+import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,30 +28,16 @@ class Table:
         columns: heading to format of its numbers ("" for text); a row may lack a column.
         rows: heading to value.
         notes: what a reader must know to believe the numbers, a sentence each.
-        complete: False where Ctrl-C came before the last row.
     """
 
     title: str
     columns: dict[str, str]
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    complete: bool = True
 
     def cells(self) -> list[list[str]]:
         """Every row as text."""
         return [[_text(row.get(name), spec) for name, spec in self.columns.items()] for row in self.rows]
-
-
-@contextlib.contextmanager
-def interruptible(table: Table) -> Iterator[None]:
-    """Ctrl-C ends the block but not the program, if the table has rows by then: they took their time."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not table.rows:
-            raise
-        table.complete = False
-        table.notes.append("Interrupted: what was yet to be measured is missing.")
 
 
 def _text(value: Any, spec: str) -> str:
@@ -69,10 +57,21 @@ def environment(device: torch.device, command: str, **more: Any) -> dict[str, An
     facts: dict[str, Any] = {"device": device_name(device)}
     if device.type == "cuda":
         cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "tf32": "off"}
-        facts |= cuda | {"cpu": device_name(torch.device("cpu"))}
+        facts |= cuda | _driver() | {"cpu": device_name(torch.device("cpu"))}
     facts["threads"] = torch.get_num_threads()
     versions = {"sgconvnext": __version__, "torch": torch.__version__, "timm": timm.__version__}
     return facts | versions | {"python": platform.python_version()} | more | {"command": command}
+
+
+def _driver() -> dict[str, str]:
+    """The version of triton, and what nvidia-smi says of the GPU, where they are installed."""
+    found = {"triton": importlib.metadata.version("triton")} if importlib.util.find_spec("triton") else {}
+    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return found  # CUDA runs without it
+    return found | {"driver, power limit, top clock": " | ".join(said.splitlines())}
 
 
 def device_name(device: torch.device) -> str:

@@ -1,128 +1,140 @@
 """Models side by side: speed in interleaved rounds, and peak memory."""
 
 import functools
+import gc
+import itertools
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..training import build
 from . import flops
-from .table import Table, interruptible
-from .timing import Timing, interleave
-from .workload import DoesNotFitError, Workload, failure, peak_memory, prepare, random_images, spoken_size
+from .session import Session
+from .table import Table
+from .timing import RATIO, Step, Timing
+from .workload import Workload, failure, peak_memory, prepare, random_images, spoken_size
+
+Row = dict[str, Any]
 
 _logger = logging.getLogger(__name__)
 
-COLUMNS = {
-    "model": "",
-    "mode": "",
-    "px": "",
-    "batch": "d",
-    "parameters": ",d",
-    "GMACs": ".2f",
-    "images/s": ".4g",
-    "spread, %": ".1f",
-    "ratio": ".3f",
-    "peak GiB": ".2f",
-}
+COLUMNS = {"model": "", "run": "", "mode": "", "px": "", "batch": "d", "parameters": ",d", "GMACs": ".2f"}
+COLUMNS |= {"images/s": ".4g", "spread, %": ".1f", "ratio": ".3f", "peak GiB": ".2f"}
 NOTES = [
-    "GMACs: of one image, the algorithm's; 1 MAC = 2 FLOPs. Both they and the parameters are the model's before "
-    "--reparameterize. images/s: median over the rounds; spread: (slowest - fastest round) / median.",
-    "ratio: speed over that of the first model of the group, as the median over pairs of turns; above 1 is faster.",
-    "peak GiB: of a process that runs this model alone, beyond the interpreter and its libraries (with --compile also "
-    "the compiler's; on CUDA the allocator's).",
+    "run: eager; compiled by torch.compile; after timm's reparameterize_model; in channels-last memory format. GMACs: "
+    "of an image, the algorithm's; 1 MAC = 2 FLOPs. They and the parameters are the model's before it is "
+    "reparameterized.",
+    "images/s: median over the rounds; spread: (slowest - fastest round) / median. ratio: how many times as fast as "
+    f"the first row of the group. {RATIO}",
+    "peak GiB: of a process that runs this model alone, beyond the interpreter and its libraries (compiled, also the "
+    "compiler's; on CUDA the allocator's).",
 ]
-
-
 COMPILED = 8  # torch's recompile_limit: beyond it models would run eagerly, and only a warning would say so
 
 
-def table(models: Sequence[str], works: Sequence[Workload], group: int, rounds: int, seconds: float) -> Table:
-    """Speed and memory of models, each compared with the first of its group.
+def tables(
+    models: Sequence[str], comparisons: Sequence[Sequence[Workload]], group: int, session: Session
+) -> list[Table]:
+    """Speed and memory of models, each compared with the first of its group; with several runs also the best of each.
 
     Args:
         models: names, with arguments after commas.
-        works: all done for every group.
+        comparisons: the same work run in one way or more; all are done for every group.
         group: models at a time.
-        rounds, seconds: of `timing.interleave`.
+        session: rounds and time.
 
     Raises:
-        ValueError: a model that cannot be built, or cannot do the work. What does not fit into memory is a note.
+        ValueError: a model that cannot be built. What fails later, or does not fit into memory, is a note.
     """
     result = Table("Throughput", COLUMNS, notes=list(NOTES))
-    check(models, works, group)
-    with interruptible(result):
-        for work in works:
-            for start in range(0, len(models), group):
-                rows, notes = compare(models[start : start + group], work, rounds, seconds)
-                result.rows += rows
-                result.notes = list(dict.fromkeys([*result.notes, *notes]))
-    return result
+    best = Table(
+        "The fastest run of each model", COLUMNS, notes=["ratio: as above, over the first model's fastest run."]
+    )
+    check(models, comparisons, group)
+    for works in comparisons:
+        for start in range(0, len(models), group):
+            specs = models[start : start + group]
+            work = replace(works[0], compile=False, reparameterize=False, channels_last=False)
+            what = f"{work} of {' and '.join(specs)}"
+            session.attempt(what, functools.partial(compare, what, specs, works, session, result, best))
+    return [result, best] if best.rows else [result]
 
 
-def check(models: Sequence[str], works: Sequence[Workload], group: int) -> None:
+def check(models: Sequence[str], comparisons: Sequence[Sequence[Workload]], group: int) -> None:
     """Refuse what cannot be built or compiled, before an hour of measurements."""
-    if group > COMPILED and any(work.compile for work in works):
-        raise ValueError(f"torch.compile keeps {COMPILED} versions of a network at a time; compare --group {COMPILED}")
-    for spec in models:
-        for img_size in {work.img_size for work in works}:
-            with torch.device("meta"):
-                build.from_spec(spec, img_size)
+    compiled = max(sum(work.compile for work in works) for works in comparisons)
+    if compiled * group > COMPILED:
+        raise ValueError(
+            f"torch.compile keeps {COMPILED} versions of a network at a time; compare --group {COMPILED // compiled}"
+        )
+    for spec, img_size in itertools.product(models, {work.img_size for works in comparisons for work in works}):
+        with torch.device("meta"):
+            build.from_spec(spec, img_size)
 
 
 def compare(
-    models: Sequence[str], work: Workload, rounds: int, seconds: float
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row with COLUMNS per model, and what is to be said about them."""
-    _logger.info("%s: %s", work, " ".join(models))
+    what: str, specs: Sequence[str], works: Sequence[Workload], session: Session, result: Table, best: Table
+) -> None:
+    """Add a row with COLUMNS per model and run to a table, and the fastest run of each model to another."""
+    _logger.info("%s", what)
     torch.compiler.reset()  # or the shapes of the last ones would make these ones dynamic
-    what = {"mode": work.mode, "px": spoken_size(work.img_size), "batch": work.batch}
-    rows: list[dict[str, Any]] = [{"model": spec} | what for spec in models]
-    notes = []
+    gc.collect()
+    rows: list[Row] = []
+    ready: list[tuple[Row, Step]] = []
+    for spec, work in itertools.product(specs, works):
+        row = {"model": spec, "run": work.run, "mode": work.mode, "px": spoken_size(work.img_size)}
+        rows.append(row | {"batch": work.batch})
+        session.attempt(f"{spec}, {work}", functools.partial(_prepare, spec, work, rows[-1], ready, result.notes))
+    if ready:
+        device = torch.device(works[0].device)
+        session.attempt(f"turns of {what}", lambda: _time(what, ready, device, session, rows, best), begun=True)
+    result.rows += [row for row in rows if "parameters" in row]
+
+
+def _prepare(spec: str, work: Workload, row: Row, ready: list[tuple[Row, Step]], notes: list[str]) -> None:
+    """Count a model, measure its memory, and run its first step."""
     try:
-        for spec, row in zip(models, rows, strict=True):
-            row["parameters"], gmacs, note = _counted(spec, work)
-            row |= {} if gmacs is None else {"GMACs": gmacs}
-            notes += [note] if note else []
-            row["peak GiB"] = peak_memory(spec, work) / 2**30
-        _time(models, work, rounds, seconds, rows)
-    except DoesNotFitError as error:
-        notes.append(f"{error}; {' and '.join(models)} were not timed.")
-    return rows, notes
-
-
-def _time(models: Sequence[str], work: Workload, rounds: int, seconds: float, rows: list[dict[str, Any]]) -> None:
-    try:
-        steps = [prepare(spec, work) for spec in models]
-        timings = interleave(steps, torch.device(work.device), rounds, seconds)
-    except RuntimeError as error:
-        raise failure(" and ".join(models), work, error) from error
-    for row, timing in zip(rows, timings, strict=True):
-        row |= speed(work.batch, timing)
-
-
-def speed(batch: int, timing: Timing) -> dict[str, Any]:
-    """What a row says of the time of a step."""
-    return {
-        "images/s": batch / timing.median,
-        "spread, %": 100 * timing.spread,
-        "ratio": timing.ratio,
-        "seconds": timing.by_round,
-    }
-
-
-def _counted(spec: str, work: Workload) -> tuple[int, float | None, str]:
-    """Parameters, GMACs of an image, and why these are not known, where they are not."""
-    try:
-        return _counted_at(spec, work.img_size)
+        row["parameters"], gmacs, note = _counted(spec, work.img_size)
+        row |= {} if gmacs is None else {"GMACs": gmacs}
+        if note and note not in notes:
+            notes.append(note)
+        row["peak GiB"] = peak_memory(spec, work) / 2**30
+        step = prepare(spec, work)
+        step()  # it may compile for minutes, after which the session looks at the clock
     except RuntimeError as error:
         raise failure(spec, work, error) from error
+    ready.append((row, step))
+
+
+def _time(
+    what: str, ready: list[tuple[Row, Step]], device: torch.device, session: Session, rows: list[Row], best: Table
+) -> None:
+    """Time in turns what is ready. There is no ratio where the first model and run is not."""
+    timings = session.time(what, [step for _, step in ready], device)
+    timed = [(row, timing) for (row, _), timing in zip(ready, timings, strict=True)]
+    for row, timing in timed:
+        row |= _speed(row["batch"], timing) | ({"ratio": timing.ratio} if ready[0][0] is rows[0] else {})
+    if len({row["run"] for row in rows}) == 1:
+        return
+    fastest: dict[str, tuple[Row, Timing]] = {}
+    for row, timing in sorted(timed, key=lambda pair: pair[1].median):
+        fastest.setdefault(row["model"], (row, timing))
+    for model in dict.fromkeys(row["model"] for row, _ in timed):
+        row, own = fastest[model]
+        first = fastest.get(rows[0]["model"])
+        best.rows.append(row | {"ratio": Timing(own.rounds, first[1].rounds).ratio if first else None})
+
+
+def _speed(batch: int, timing: Timing) -> Row:
+    return {"images/s": batch / timing.median, "spread, %": 100 * timing.spread, "seconds": timing.by_round}
 
 
 @functools.cache
-def _counted_at(spec: str, img_size: tuple[int, int]) -> tuple[int, float | None, str]:
+def _counted(spec: str, img_size: tuple[int, int]) -> tuple[int, float | None, str]:
+    """Parameters, GMACs of an image, and why these are not known, where they are not."""
     model = build.from_spec(spec, img_size)
     try:
         found = flops.count(model, random_images(model, 1, img_size))

@@ -3,13 +3,17 @@
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 Step = Callable[[], object]
 
+RATIO = (  # what every table says of its ratios
+    "The two take turns, every pair of turns gives a ratio, and the table has the median of these ratios: it can "
+    "differ from the quotient of the numbers beside it. Above 1 is faster."
+)
 TURN_S = 0.1  # shorter turns would time the waiting for a GPU, longer ones let the machine change between two
 
 
@@ -37,34 +41,31 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """Speed over the first one's, as the median over all pairs of turns: above 1 is faster."""
+        """How many times as fast as the first: the median over all pairs of turns, not the quotient of the medians."""
         first, own = map(itertools.chain.from_iterable, (self.first, self.rounds))
         return statistics.median(a / b for a, b in zip(first, own, strict=True))
 
 
-def interleave(steps: Sequence[Step], device: torch.device, rounds: int, seconds: float) -> list[Timing]:
-    """Time steps in turns A B A B ... after a warm-up.
+def rounds_of(steps: Sequence[Step], device: torch.device, seconds: float) -> Iterator[list[list[float]]]:
+    """Time steps in turns A B A B ... after a warm-up, without end: round by round, seconds by step and turn.
 
     A turn of each lasts as long as one step of the slowest, or TURN_S; a round has as many turns as fill ``seconds``.
 
     Args:
-        steps: what to time; the first is what the others are compared with.
+        steps: what to time; at least one.
         device: waited for before and after every turn.
-        rounds: of all steps.
         seconds: of every step in a round.
     """
     once = [_warm_up(step, device) for step in steps]
     turn = max(TURN_S, *once)
     repeats = [max(1, round(turn / step_s)) for step_s in once]
     turns = max(1, round(seconds / turn))
-    times: list[list[list[float]]] = [[] for _ in steps]
-    for _ in range(rounds):
-        for own in times:
-            own.append([])
+    while True:
+        times: list[list[float]] = [[] for _ in steps]
         for _ in range(turns):
             for step, repeat, own in zip(steps, repeats, times, strict=True):
-                own[-1].append(_turn(step, device, repeat))
-    return [Timing(own, times[0]) for own in times]
+                own.append(_turn(step, device, repeat))
+        yield times
 
 
 def _warm_up(step: Step, device: torch.device) -> float:

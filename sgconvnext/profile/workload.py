@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from ..errors import is_out_of_memory, one_line
 from ..training import build
+from .session import DoesNotFitError
 from .timing import Step
 
+EAGER = "eager"  # none of WAYS
+WAYS = {"compiled": "compile", "reparameterized": "reparameterize", "channels-last": "channels_last"}  # to run a model
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class DoesNotFitError(ValueError):
-    """The memory is too small for a model and its work."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,13 @@ class Workload:
     device: str = "cpu"
 
     def __str__(self) -> str:
-        return f"{self.mode}, {spoken_size(self.img_size)} px, batch {self.batch}"
+        what = f"{self.mode}, {spoken_size(self.img_size)} px, batch {self.batch}"
+        return what if self.run == EAGER else f"{what}, {self.run}"
+
+    @property
+    def run(self) -> str:
+        """The way that the model is run: "eager", or names of WAYS joined by "+"."""
+        return "+".join(name for name, field in WAYS.items() if getattr(self, field)) or EAGER
 
 
 def spoken_size(img_size: tuple[int, int]) -> str:

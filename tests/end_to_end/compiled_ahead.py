@@ -13,8 +13,8 @@ from triton.runtime.driver import driver
 from triton_block_compiled import Hopper
 
 from sgconvnext.longconv.triton.tiles import Tile
-from sgconvnext.profile import gpu_tiles
-from sgconvnext.profile.gpu_tiles import Problem
+from sgconvnext.profile import tiles
+from sgconvnext.profile.tiles import Problem
 
 TILES = [Tile(64, 64, 64, 4, 2), Tile(64, 128, 64, 4, 3)]
 TOO_LARGE = Tile(128, 256, 64, 8, 5)  # 240 KiB of shared memory, where an H100 has 227
@@ -44,8 +44,8 @@ def main() -> None:
         return real(source, **options)
 
     triton.compiler.compile = watched
-    gpu_tiles.CANDIDATES = {"conv": (*TILES, TOO_LARGE), "dtaps": tuple(TILES)}
-    gpu_tiles.compile_ahead(PROBLEMS)
+    tiles.CANDIDATES = {"conv": (*TILES, TOO_LARGE), "dtaps": tuple(TILES)}
+    tiles.compile_ahead(PROBLEMS)
     ahead = len(compiled)
     for problem in PROBLEMS:
         for batch in (1, 65, 256):

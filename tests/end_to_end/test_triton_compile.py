@@ -135,3 +135,19 @@ def test_check_finds_what_other_tiles_do_wrong(tmp_path: Path) -> None:
     assert "spills" in faults(too_few_registers, found[1])
     assert "no HGMMA" in faults(too_few_rows._replace(other_tile=Tile(64, 128, 64, 8, 3)), found[2])
     assert "loads" in faults(too_few_rows._replace(length=196), found[2])
+
+
+def test_launches_find_what_was_compiled_ahead(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, ROOT / "tests" / "end_to_end" / "compiled_ahead.py"],
+        env=environment | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    found = json.loads(process.stdout)
+    assert (found["ahead"], found["later"]) == (7, 0)  # the chosen tiles, two candidates of each, and one too large
+    assert found["launched"] == ["_convolve"] * 9 + ["_correlate"] * 9
+    assert "shared memory" in found["refusal"]

@@ -1,8 +1,6 @@
 """The commands of sgconvnext.profile: their tables, their refusals, and what stands in README."""
 
-import csv
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,20 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BACKENDS_HERE, refused
+from helpers import refused
 from PIL import Image
 from torch import Tensor
-from training_helpers import ROOT, environment
 
-from sgconvnext.longconv import BACKENDS
 from sgconvnext.profile import __main__ as main
-from sgconvnext.profile import flops, ops, plot, throughput
+from sgconvnext.profile import flops, plot, throughput
 from sgconvnext.profile.flops import UncountedError
+from sgconvnext.profile.session import DoesNotFitError, Session
 from sgconvnext.profile.timing import Timing
-from sgconvnext.profile.workload import DoesNotFitError, Workload
+from sgconvnext.profile.workload import Workload
 
 ATTO = "sgconvnext_atto,depths=[1,1,1,1]"
-BRIEF = ["--rounds", "2", "--seconds", "0.001"]
+CONVNEXT = "convnext_atto,depths=[1,1,1,1]"
+BRIEF = ["--rounds", "2", "--round-seconds", "0.001"]
 Run = Callable[..., str]
 
 
@@ -62,18 +60,18 @@ def no_children(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_flops_counts_per_image_whatever_the_batch(run: Run) -> None:
     one, four = (
-        json.loads(run("flops", "convnext_atto", ATTO, "--img-size", "64", "--batch", batch, "--json"))["tables"]
+        json.loads(run("flops", CONVNEXT, ATTO, "--img-size", "64", "--batch", batch, "--json"))["tables"]
         for batch in (1, 4)
     )
     (convnext, ours), (convnext_4, ours_4) = one[0]["rows"], four[0]["rows"]
     assert convnext == convnext_4
     assert ours_4["GMACs"] < ours["GMACs"]  # the kernels are shared
     assert ours["GFLOPs"] == 2 * ours["GMACs"]
-    assert [row["model"] for row in one[1]["rows"]] == ["convnext_atto", ATTO]
+    assert [row["model"] for row in one[1]["rows"]] == [CONVNEXT, ATTO]
 
 
 def test_parts_of_the_stages_add_up(run: Run) -> None:
-    text = run("flops", ATTO, "convnext_atto", "--img-size", "64", "--batch", 2, "--stages", "--json")
+    text = run("flops", ATTO, CONVNEXT, "--img-size", "64", "--batch", 2, "--stages", "--json")
     totals, parts, details = (table["rows"] for table in json.loads(text)["tables"])
     for total, by_part in zip(totals, parts, strict=True):
         rows = [row for row in details if row["model"] == total["model"]]
@@ -88,18 +86,23 @@ def test_parts_of_the_stages_add_up(run: Run) -> None:
 
 
 @pytest.fixture
+def no_models(no_children: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is counted or run."""
+    monkeypatch.setattr(throughput, "_counted", lambda spec, img_size: (1000, 1.0, ""))
+    monkeypatch.setattr(throughput, "prepare", lambda spec, work: lambda: None)
+
+
+@pytest.fixture
 def halving(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is timed: the first thing takes a second, the second two, the third three."""
 
-    def timed(steps: list[Any], device: Any, rounds: int, seconds: float) -> list[Timing]:
-        for step in steps:
-            step()
-        return [Timing([[i + 1.0]] * rounds, [[1.0]] * rounds) for i in range(len(steps))]
+    def timed(self: Session, what: str, steps: list[Any], device: Any) -> list[Timing]:
+        return [Timing([[i + 1.0]] * self.rounds, [[1.0]] * self.rounds) for i in range(len(steps))]
 
-    monkeypatch.setattr(throughput, "interleave", timed)
+    monkeypatch.setattr(Session, "time", timed)
 
 
-def test_throughput_compares_with_the_first_of_each_group(run: Run, no_children: None, halving: None) -> None:
+def test_throughput_compares_with_the_first_of_each_group(run: Run, no_models: None, halving: None) -> None:
     models = ["convnext_atto", ATTO, ATTO, "convnext_atto"]
     text = run("throughput", *models, "--group", 2, "--img-size", 32, "--batch", 1, 2, *BRIEF, "--json")
     rows = json.loads(text)["tables"][0]["rows"]
@@ -108,7 +111,6 @@ def test_throughput_compares_with_the_first_of_each_group(run: Run, no_children:
     assert [row["images/s"] for row in rows] == [1, 0.5, 1, 0.5, 2, 1, 2, 1]
     assert all(len(row["seconds"]) == 2 and row["spread, %"] == 0 for row in rows)
     assert all(row["peak GiB"] == row["batch"] for row in rows)
-    assert rows[0]["parameters"] == 3_695_520 != rows[1]["parameters"]
 
 
 def test_model_that_does_not_fit_is_noted_and_the_others_are_kept(
@@ -120,13 +122,11 @@ def test_model_that_does_not_fit_is_noted_and_the_others_are_kept(
         return 2**30
 
     monkeypatch.setattr(throughput, "peak_memory", peak)
-    text = run("throughput", "convnext_atto", ATTO, "--img-size", 32, "--batch", 1, 2, *BRIEF, "--json")
+    text = run("throughput", ATTO, "convnext_atto", "--img-size", 32, "--batch", 1, 2, *BRIEF, "--json")
     [table] = json.loads(text)["tables"]
-    assert ["ratio" in row for row in table["rows"]] == [True, True, False, False]
-    assert ["peak GiB" in row for row in table["rows"]] == [True, True, True, False]
-    assert table["notes"][-1] == (
-        f"{ATTO}, inference, 32 px, batch 2: out of memory; convnext_atto and {ATTO} were not timed."
-    )
+    assert ["images/s" in row for row in table["rows"]] == [True, True, False, True]
+    assert ["ratio" in row for row in table["rows"]] == [True, True, False, False]  # the first is not there
+    assert table["notes"][-1] == f"{ATTO}, inference, 32 px, batch 2: out of memory; not timed."
 
 
 def test_group_that_does_not_fit_together_is_noted(
@@ -135,7 +135,7 @@ def test_group_that_does_not_fit_together_is_noted(
     def out_of_memory(*_: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes")
 
-    monkeypatch.setattr(throughput, "interleave", out_of_memory)
+    monkeypatch.setattr(Session, "time", out_of_memory)
     [table] = json.loads(run("throughput", ATTO, "--img-size", 32, *BRIEF, "--json"))["tables"]
     assert "images/s" not in table["rows"][0]
     assert "out of memory" in table["notes"][-1]
@@ -152,11 +152,11 @@ def test_size_that_does_not_fit_the_count_leaves_the_others(
         return count(model, x)
 
     monkeypatch.setattr(throughput.flops, "count", out_of_memory)
-    throughput._counted_at.cache_clear()
+    throughput._counted.cache_clear()
     [table] = json.loads(run("scaling", ATTO, "--img-size", 32, 64, *BRIEF, "--json"))["tables"]
-    throughput._counted_at.cache_clear()
-    assert ["images/s" in row for row in table["rows"]] == [True, False]
-    assert f"{ATTO}, inference, 64 px, batch 1: out of memory; {ATTO} were not timed." in table["notes"]
+    throughput._counted.cache_clear()
+    assert [row["px"] for row in table["rows"]] == ["32"]
+    assert f"{ATTO}, inference, 64 px, batch 1: out of memory; not timed." in table["notes"]
 
 
 @pytest.mark.parametrize(
@@ -168,20 +168,6 @@ def test_model_that_cannot_be_built_is_named(model: str, word: str, refusal: Run
     told = refusal("flops", model)
     assert repr(model.split(",")[0]) in told
     assert word in told
-
-
-def test_layer_that_does_not_fit_is_noted_beside_the_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = ops.prepare
-
-    def out_of_memory(layer: ops.Layer) -> Any:
-        if layer.batch > 1:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes")
-        return prepare(layer)
-
-    monkeypatch.setattr(ops, "prepare", out_of_memory)
-    [table] = json.loads(run("ops", "--shape", "4x3x3", "--batch", 1, 2, *BRIEF, "--json"))["tables"]
-    assert [row["batch"] for row in table["rows"]] == [1]
-    assert table["notes"][-1] == "inference of 2 x 4 x 3 x 3: out of memory; not timed."
 
 
 def test_commands_tell_memory_from_other_errors(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,11 +197,11 @@ def test_flops_that_are_not_known_are_said_and_do_not_stop_the_clock(
         raise UncountedError("ConvNeXt runs aten::cumsum, which no formula counts")
 
     monkeypatch.setattr(throughput.flops, "count", unknown)
-    throughput._counted_at.cache_clear()
+    throughput._counted.cache_clear()
     [table] = json.loads(run("throughput", ATTO, ATTO, "--img-size", 32, "--json", *BRIEF))["tables"]
     assert "GMACs" not in table["rows"][0]
     assert sum("aten::cumsum" in note for note in table["notes"]) == 1
-    throughput._counted_at.cache_clear()
+    throughput._counted.cache_clear()
 
 
 def test_environment_and_command_are_in_every_table(run: Run, no_children: None) -> None:
@@ -226,84 +212,28 @@ def test_environment_and_command_are_in_every_table(run: Run, no_children: None)
         f"torch {torch.__version__}",
         "bf16 autocast",
         "channels_last",
-        "run eager",
         "2 of 0.001 s",
     ):
         assert word in last
     assert f"`python -m sgconvnext.profile throughput '{ATTO}' --img-size 32 --threads 1" in last
 
 
-def test_scaling_states_how_cost_grows_over_the_last_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaling_states_how_cost_grows_over_the_last_step(
+    run: Run, no_models: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(throughput, "peak_memory", lambda spec, work: work.img_size[0] ** 2 * 2**20)
 
-    def timed(steps: list[Any], device: Any, rounds: int, seconds: float) -> list[Timing]:
+    def timed(self: Session, what: str, steps: list[Any], device: Any) -> list[Timing]:
         sizes.append(None)
         return [Timing([[8.0 ** len(sizes)]], [[1.0]]) for _ in steps]
 
     sizes: list[None] = []
-    monkeypatch.setattr(throughput, "interleave", timed)
+    monkeypatch.setattr(Session, "time", timed)
     text = run("scaling", "convnext_atto", ATTO, "--img-size", 128, 32, 64, *BRIEF, "--json")
     [table] = json.loads(text)["tables"]
     assert [row["px"] for row in table["rows"]] == ["32", "32", "64", "64", "128", "128"]
     for model, note in zip(["convnext_atto", ATTO], table["notes"][-2:], strict=True):
         assert note == f"{model}, inference, 64 to 128 px: time grows as pixels^1.50, memory as pixels^1.00."
-
-
-@pytest.mark.parametrize("mode", ["inference", "training"])
-def test_ops_times_every_backend_that_fits_beside_the_depthwise_convolution(
-    run: Run, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
-    monkeypatch.setattr(ops, "MATRIX_LIMIT", 2 * 36**2 * 4)
-    text = run("ops", "--shape", "2x6x4", "2x6x6", "2x7x7", "--batch", 2, "--mode", mode, *BRIEF, "--json")
-    small, middle, large = json.loads(text)["tables"][0]["rows"]
-    assert small["L"] == 24
-    for row in (small, middle, large):
-        measured = {name for name in BACKENDS if f"{name} ms" in row}
-        assert row["fastest"] in measured
-        assert row["7x7 ms"] > 0
-        assert row["kernel ms"] > 0
-        assert row["SGConv ms"] > 0
-        assert row["ratio"] > 0
-    assert {name for name in BACKENDS if f"{name} ms" in small} == set(BACKENDS_HERE)
-    assert {name for name in BACKENDS if f"{name} ms" in middle} == set(BACKENDS_HERE) - {"reference"}
-    assert {name for name in BACKENDS if f"{name} ms" in large} == set(BACKENDS_HERE) - {"reference", "toeplitz"}
-    assert (small["auto"], large["auto"]) == ("toeplitz", "fft")
-
-
-@pytest.mark.parametrize("mode", ["inference", "training"])
-def test_ops_times_convolutions_of_the_layer_and_their_gradients(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    convolved, gradients = [], []
-    grad, long_conv = torch.autograd.grad, ops.long_conv
-
-    def watched_conv(x: Tensor, taps: Tensor, backend: str) -> Tensor:
-        convolved.append((backend, x.shape, taps.shape))
-        return long_conv(x, taps, backend)
-
-    def watched_grad(y: Tensor, inputs: list[Tensor], dy: Tensor) -> Any:
-        gradients.append([tuple(tensor.shape) for tensor in inputs])
-        return grad(y, inputs, dy)
-
-    monkeypatch.setattr(ops, "long_conv", watched_conv)
-    monkeypatch.setattr(torch.autograd, "grad", watched_grad)
-    steps = ops.prepare(ops.Layer((4, 6, 5), batch=2, mode=mode, channels_last=True))  # type: ignore[arg-type]
-    assert list(steps) == ["7x7", "SGConv", "kernel", *BACKENDS_HERE]
-    for step in steps.values():
-        step()
-        step()  # the graph is built anew
-    assert convolved == [(backend, (2, 4, 30), (4, 59)) for backend in BACKENDS_HERE for _ in range(2)]
-    image, kernel = (2, 4, 6, 5), [(2, 5, 4, 2), (4,)]
-    wanted = [[image, (4, 1, 7, 7), (4,)], [image, *kernel], kernel, *[[(2, 4, 30), (4, 59)]] * len(BACKENDS_HERE)]
-    assert gradients == ([shapes for shapes in wanted for _ in range(2)] if mode == "training" else [])
-
-
-@pytest.mark.parametrize(("slower", "right"), [(1.04, "yes"), (1.06, "no")])
-def test_choice_is_right_within_a_tie(slower: float, right: str) -> None:
-    seconds = {"7x7": 1.0, "SGConv": 4.0, "kernel": 0.5, "fft": 2.0, "toeplitz": 2.0 * slower, "reference": 9.0}
-    timings = {name: Timing([[time]], [[1.0]]) for name, time in seconds.items()}
-    row = ops.row(ops.Layer((8, 4, 4)), timings)
-    assert (row["auto"], row["fastest"], row["right"]) == ("toeplitz", "fft", right)
-    assert row["ratio"] == 0.25
-    assert row["toeplitz ms"] == 2000 * slower
 
 
 def rows_of(*models: str) -> list[dict[str, Any]]:
@@ -379,6 +309,18 @@ def test_families_are_told_apart_by_name_and_arguments() -> None:
         "size": (["flops", "convnext_atto", "--img-size", "big"], ["--img-size", "'big'"]),
         "shape": (["ops", "--shape", "96x56"], ["--shape", "96x56x56"]),
         "seconds": (["ops", "--seconds", "-1"], ["--seconds", "-1"]),
+        "round": (["throughput", "convnext_atto", "--round-seconds", "0"], ["--round-seconds", "0"]),
+        "way": (["throughput", "convnext_atto", "--run", "eager", "fast"], ["--run", "'fast'", "compiled"]),
+        "way and eager": (["throughput", "convnext_atto", "--run", "eager+compiled"], ["--run", "'eager'"]),
+        "way of training": (
+            ["throughput", "convnext_atto", "--run", "eager", "reparameterized", "--mode", "training"],
+            ["--reparameterize", "inference"],
+        ),
+        "compiled twice": (
+            ["throughput", *["convnext_atto"] * 5, "--run", "compiled", "compiled+channels-last"],
+            ["torch.compile", "--group 4"],
+        ),
+        "no time": (["ops", "--seconds", "1e-9"], ["nothing was measured", "inference of 1 x 96 x 56 x 56"]),
     }.values(),
     ids=str,
 )
@@ -394,30 +336,72 @@ def test_cuda_that_is_not_there_is_refused(refusal: Run, monkeypatch: pytest.Mon
     assert "--device cpu" in refusal("ops", "--device", "cuda")
 
 
-def test_command_measures_memory_in_processes_of_their_own(tmp_path: Path) -> None:
-    line = f"-m sgconvnext.profile throughput {ATTO} --img-size 32 --csv --plot {tmp_path / 'a.png'}"
-    done = subprocess.run(
-        [sys.executable, *line.split(), *BRIEF],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == f"inference, 32 px, batch 1: {ATTO}\n"
-    [row] = csv.DictReader(text for text in done.stdout.splitlines() if text and not text.startswith("#"))
-    assert 0 <= float(row["peak GiB"]) < 0.5
-    assert float(row["GMACs"]) > 0
+def test_works_of_a_command_cover_every_mode_batch_size_and_way() -> None:
+    class Arguments:
+        mode, dtype, device, run = ["inference"], "fp32", "cpu", [[], ["compiled"], ["compiled", "reparameterized"]]
+        compile = reparameterize = False
+        channels_last = True
+
+    works = main.workloads(Arguments(), [1, 2], [(32, 32), (64, 32)])  # type: ignore[arg-type]
+    assert [len(set(ways)) for ways in works] == [3] * 4
+    assert len({work for ways in works for work in ways}) == 12
+    assert [work.run for work in works[3]] == [
+        "channels-last",
+        "compiled+channels-last",
+        "compiled+reparameterized+channels-last",
+    ]
+    assert works[3][1] == Workload("inference", 2, (64, 32), compile=True, channels_last=True)
+
+
+def test_model_is_run_in_several_ways_and_the_fastest_of_each_is_named(
+    run: Run, no_models: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seconds = [3.0, 4.0, 8.0, 6.0]  # of both models in both ways
+
+    def timed(self: Session, what: str, steps: list[Any], device: Any) -> list[Timing]:
+        return [Timing([[time, time]], [[3.0, 3.0]]) for time in seconds]
+
+    monkeypatch.setattr(Session, "time", timed)
+    ways = ["eager", "reparameterized"]
+    line = ["--img-size", 32, "--run", *ways, *BRIEF, "--json", "--plot", tmp_path / "a.png"]
+    every, best = json.loads(run("throughput", "convnext_atto", ATTO, *line))["tables"]
+    assert [(row["model"], row["run"]) for row in every["rows"]] == [
+        (model, way) for model in ("convnext_atto", ATTO) for way in ways
+    ]
+    assert [row["ratio"] for row in every["rows"]] == [1, 0.75, 0.375, 0.5]
+    assert [(row["run"], row["images/s"], row["ratio"]) for row in best["rows"]] == [
+        ("eager", 1 / 3, 1),
+        ("reparameterized", 1 / 6, 0.5),
+    ]
     assert (tmp_path / "a.png").exists()
 
 
-def test_works_of_a_command_cover_every_mode_batch_and_size() -> None:
-    class Arguments:
-        mode, dtype, channels_last, device = ["inference", "training"], "fp32", False, "cpu"
-        compile = reparameterize = False
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The session's clock, which the measurements move themselves."""
+    now = [0.0]
+    monkeypatch.setattr("sgconvnext.profile.session.time.monotonic", lambda: now[0])
+    return now
 
-    works = main.workloads(Arguments(), [1, 2], [(32, 32), (64, 32)])  # type: ignore[arg-type]
-    assert len(set(works)) == 8
-    assert Workload("training", 2, (64, 32)) in works
+
+def test_seconds_end_a_command_which_says_what_it_did_not_reach(
+    run: Run, no_models: None, halving: None, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(spec: str, work: Workload) -> Callable[[], None]:
+        clock[0] += 10
+        return lambda: None
+
+    monkeypatch.setattr(throughput, "prepare", prepare)
+    sizes = ["--img-size", 32, "--batch", 1, 2, 3]
+    text = run("throughput", "convnext_atto", ATTO, *sizes, "--seconds", 25, *BRIEF, "--json")
+    [table] = json.loads(text)["tables"]
+    # the second comparison is timed with what was ready; the first step of the second model would have come too late
+    assert [(row["batch"], row["model"]) for row in table["rows"] if "images/s" in row] == [
+        (1, "convnext_atto"),
+        (1, ATTO),
+        (2, "convnext_atto"),
+    ]
+    assert table["notes"][-1] == (
+        f"Not measured before the 25 seconds of --seconds were over: {ATTO}, inference, 32 px, batch 2; "
+        f"inference, 32 px, batch 3 of convnext_atto and {ATTO}."
+    )
