@@ -124,7 +124,7 @@ class Run:
     def __init__(self, config: Config, world: distributed.World) -> None:
         self.config, self.world = config, world
         self.folder = checkpoint.Folder(Path(config.out))
-        world.agree(resume.knobs(config), "give every process the same configuration")
+        world.agree(resume.shared_knobs(config), "give every process the same configuration")
         found: Path | None = world.on_first(lambda: resume.find(config, self.folder))
         rng.seed(config.seed, world.rank)
         torch.backends.cudnn.benchmark = config.run.cudnn_benchmark

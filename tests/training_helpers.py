@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 
 import train
 from sgconvnext.training import build, checkpoint, data, engine, optim
-from sgconvnext.training.config import Config, flatten, from_dict, merge, to_dict
+from sgconvnext.training.config import Config, flatten, from_dict, to_dict
 from sgconvnext.training.distributed import World
 from sgconvnext.training.images import Batch, Sample, TellsFaults, collate_readable
+from sgconvnext.training.typed import merge
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -18,7 +18,7 @@ from .. import fit
 from ..errors import one_line
 from ..files import expand
 from . import checkpoint
-from .config import Augment, Config, from_dict
+from .config import AugmentConfig, Config, from_dict
 from .recorded import recorded
 
 _logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def load_trained(
     checkpoint.load_weights(model, found, path)
 
 
-def create_criterion(augment: Augment) -> nn.Module:
+def create_criterion(augment: AugmentConfig) -> nn.Module:
     """Cross-entropy: of mixup's soft targets (smoothed there), of smoothed labels, or plain."""
     if augment.mixup > 0 or augment.cutmix > 0:
         return SoftTargetCrossEntropy()

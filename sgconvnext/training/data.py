@@ -20,8 +20,7 @@ from torchvision.datasets import FakeData
 from torchvision.datasets.folder import DatasetFolder, default_loader
 
 from ..errors import one_line, shortened
-from .config import Augment, Config
-from .config import Data as DataConfig
+from .config import AugmentConfig, Config, DataConfig
 from .distributed import World
 from .folders import Folder, Tar, unread_beside
 from .images import Batch, Images, collate, collate_readable
@@ -228,7 +227,7 @@ def class_names(class_to_idx: dict[str, int]) -> list[str]:
     return [", ".join(each) for each in names]
 
 
-def train_transform(data: DataConfig, augment: Augment) -> Any:
+def train_transform(data: DataConfig, augment: AugmentConfig) -> Any:
     """Random resized crop, flip, RandAugment, normalisation, random erasing: ConvNeXt's order; mixing comes later."""
     try:
         return create_transform(
@@ -265,7 +264,7 @@ def eval_transform(data: DataConfig) -> Any:
     )
 
 
-def create_mixup(augment: Augment, classes: int) -> Mixup | None:
+def create_mixup(augment: AugmentConfig, classes: int) -> Mixup | None:
     """Mixup and cutmix over whole batches, on the device, after random erasing; None where both are off."""
     if augment.mixup == 0 and augment.cutmix == 0:
         return None

@@ -12,10 +12,10 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import Optimizer
 
-from .config import Optim
+from .config import OptimConfig
 
 
-def learning_rates(optim: Optim, epochs: int, updates_per_epoch: int) -> NDArray[np.float64]:
+def learning_rates(optim: OptimConfig, epochs: int, updates_per_epoch: int) -> NDArray[np.float64]:
     """The learning rate of every update: linear warm-up from 0 to lr, both ends included, then half a cosine.
 
         warm-up update i of w:  lr i / (w - 1)
@@ -37,7 +37,7 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def create_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
+def create_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
     """AdamW over ConvNeXt's parameter groups."""
     return create_optimizer_v2(
         model,

@@ -6,23 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Folder
-from .config import Config, flatten, from_dict, to_dict
+from .config import KNOBS, Config, flatten, from_dict, to_dict
 
 _logger = logging.getLogger(__name__)
 
 KEYS = {"args", "optimizer", "amp_scaler", "progress", "best", "history", "ranks", "facts"}
-# Knobs that change nothing about the numbers of a run, or only how it began
-FREE = {
-    *("out", "resume", "allow_change", "model.checkpoint", "model.checkpoint_ema", "model.new_head"),
-    *("model.pretrained", "data.root", "data.download", "data.workers", "data.pin_memory", "data.max_unreadable"),
-    *("run.device", "run.cudnn_benchmark", "run.max_skips", "run.log_every", "save.every", "save.keep"),
-    *("save.max_failures", "watch.tensorboard", "watch.wandb"),
-}
-# What may be another on every machine of a run
-PLACES = {"out", "resume", "model.checkpoint", "data.root", "data.workers", "data.pin_memory"}
-# What decides how far into an epoch so many updates are; shards are cut by more
-ORDER = {"optim.global_batch", "training_images", "seed"}
-SHARD_ORDER = {"processes", "optim.batch_per_device", "data.workers"}
+# What each knob says about itself, see `knob`
+FREE = {key for key, facts in KNOBS.items() if facts.resume != "refused"}
+LOCAL = {key for key, facts in KNOBS.items() if facts.resume == "local"}
+# What decides, with the number of updates, how far into an epoch a run is; in shards more does
+ORDER = {"training_images"} | {key for key, facts in KNOBS.items() if facts.order == "always"}
+SHARD_ORDER = {"processes"} | {key for key, facts in KNOBS.items() if facts.order == "shards"}
 
 
 def find(config: Config, folder: Folder) -> Path | None:
@@ -66,9 +60,9 @@ def facts(processes: int, device: str, training: Any, validation: Any) -> dict[s
     return {"processes": processes, "device": device, **told}
 
 
-def knobs(config: Config) -> dict[str, Any]:
+def shared_knobs(config: Config) -> dict[str, Any]:
     """The knobs that every process must have alike. They decide the numbers of a run, or when its processes meet."""
-    return {key: value for key, value in flatten(to_dict(config)).items() if key not in PLACES}
+    return {key: value for key, value in flatten(to_dict(config)).items() if key not in LOCAL}
 
 
 def refuse_changes(state: dict[str, Any], config: Config, now: dict[str, Any], path: Path) -> None:
@@ -90,11 +84,12 @@ def refuse_changes(state: dict[str, Any], config: Config, now: dict[str, Any], p
     before = flatten(to_dict(from_dict(state["args"], str(path)))) | state["facts"]
     after = flatten(to_dict(config)) | now
     allowed = _allowed(config.allow_change, [*after])
-    sharded = config.data.dataset.startswith("wds/")  # whose order depends on the workers
-    free = FREE - {"data.workers"} if sharded else FREE
+    sharded = config.data.dataset.startswith("wds/")
+    ordering = ORDER | SHARD_ORDER if sharded else ORDER
+    free = FREE - ordering
     changed = [key for key in sorted(after) if before.get(key) != after[key] and key not in free]
     for key in changed:
-        if state["progress"]["update"] and key in ORDER | (SHARD_ORDER if sharded else set()):
+        if state["progress"]["update"] and key in ordering:
             raise ValueError(
                 f"resume={str(path)!r} is in the middle of an epoch, where {key}={before.get(key)} cannot become "
                 f"{after[key]}; change it at an epoch's end, from a checkpoint-*-000000.pth"

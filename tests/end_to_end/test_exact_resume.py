@@ -297,7 +297,9 @@ def test_two_processes_that_stop_in_the_middle_change_nothing(tmp_path: Path) ->
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert command("train.py", path, f"out={whole}", processes=2).returncode == 0
     for number in (3, 4):  # the second time from the third update: in the second epoch
-        done = command("tests/end_to_end/inject.py", f"stop:{number}:1", path, f"out={out}", "resume=auto", processes=2)
+        done = command(
+            "tests/end_to_end/inject.py", f"stop:{number}:1", path, f"out={out}", "resume=auto", processes=2
+        )
         assert done.returncode != 0
         assert re.search(r"exitcode\s*: 143", done.stderr)
         assert "SIGTERM: stopped after" in done.stderr

@@ -182,7 +182,8 @@ def test_run_that_cannot_fit_its_checkpoints_is_refused_before_it_starts(
 def test_every_process_ends_when_the_first_cannot_save(processes: int, tmp_path: Path) -> None:
     path = write_config(tmp_path / "a.yaml", **{"optim.batch_per_device": 8})
     done = command(
-        *("tests/end_to_end/inject.py", "full:1", path, f"out={tmp_path / 'out'}", "save.max_failures=2"), processes=processes
+        *("tests/end_to_end/inject.py", "full:1", path, f"out={tmp_path / 'out'}", "save.max_failures=2"),
+        processes=processes,
     )
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: error")]

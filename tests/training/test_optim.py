@@ -13,7 +13,7 @@ from torch import nn
 from training_helpers import CONFIGS
 
 import sgconvnext  # noqa: F401  registers the models with timm
-from sgconvnext.training.config import Optim, load_config
+from sgconvnext.training.config import OptimConfig, load_config
 from sgconvnext.training.optim import create_optimizer, learning_rates, param_groups, set_learning_rate
 
 IMAGENET = load_config(CONFIGS / "imagenet.yaml")
@@ -66,7 +66,7 @@ def test_learning_rates_of_fine_tuning_start_at_the_peak() -> None:
 
 @pytest.mark.parametrize(("epochs", "updates", "warmup"), [(1, 1, 0), (2, 1, 1), (3, 7, 2), (5, 4, 4)])
 def test_table_has_one_learning_rate_for_every_update(epochs: int, updates: int, warmup: int) -> None:
-    optim = Optim(lr=0.3, min_lr=0.1, warmup_epochs=warmup)
+    optim = OptimConfig(lr=0.3, min_lr=0.1, warmup_epochs=warmup)
     table = learning_rates(optim, epochs, updates)
     assert table.tolist() == convnext_schedule(0.3, 0.1, epochs, updates, warmup).tolist()
     assert len(table) == epochs * updates
@@ -246,7 +246,7 @@ def test_optimizer_is_adamw_with_the_recipes_numbers() -> None:
     assert not any(group["amsgrad"] for group in optimizer.param_groups)
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
-    other = Optim(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.3)
+    other = OptimConfig(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.3)
     for group in create_optimizer(model, other).param_groups:
         assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-3)
         assert group["weight_decay"] in (0.0, 0.3)
