@@ -40,7 +40,7 @@ import sgconvnext  # noqa: F401  registers the models with timm
 from sgconvnext import console
 from sgconvnext.errors import DataError, NonFiniteError, TooManyUnreadableError, shortened
 from sgconvnext.files import write_whole
-from sgconvnext.training import build, checkpoint, data, distributed, engine, optim, preflight, resume, rng
+from sgconvnext.training import build, checkpoint, data, distributed, engine, optim, preflight, resume, rng, run_folder
 from sgconvnext.training.config import Config, describe, load_config, to_dict
 from sgconvnext.training.images import Batch
 from sgconvnext.training.watch import Watch
@@ -61,7 +61,7 @@ def main() -> None:
             if args.check and config.data.download:
                 raise ValueError("check writes nothing, so data.download=true must wait for the run")
             if not args.check or Path(config.out).exists():
-                world.on_first(lambda: opened.enter_context(checkpoint.lock(Path(config.out))))
+                world.on_first(lambda: opened.enter_context(run_folder.lock(Path(config.out))))
             run = Run(config, world)
             world.on_each(run.look_ahead)
             if not args.check:
@@ -123,7 +123,7 @@ class Run:
 
     def __init__(self, config: Config, world: distributed.World) -> None:
         self.config, self.world = config, world
-        self.folder = checkpoint.Folder(Path(config.out))
+        self.folder = run_folder.RunFolder(Path(config.out))
         world.agree(resume.shared_knobs(config), "give every process the same configuration")
         found: Path | None = world.on_first(lambda: resume.find(config, self.folder))
         rng.seed(config.seed, world.rank)

@@ -19,7 +19,7 @@ from ..errors import one_line
 from ..files import expand
 from . import checkpoint
 from .config import AugmentConfig, Config, from_dict
-from .recorded import recorded
+from .recorded_model import recorded_model
 
 _logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def _started(config: Config, arguments: dict[str, Any]) -> Any:
     """The model with the weights of model.checkpoint, resized where they were trained for another image size."""
     knobs, path, wanted = config.model, config.model.checkpoint, arguments.get("img_size")
     state = checkpoint.load(path)
-    before = recorded(state)
+    before = recorded_model(state)
     built = before.img_size if before and wanted else None
     model: Any = from_timm(knobs.name, arguments | ({"img_size": built} if built else {}), "model.name=")
     if before:
@@ -173,7 +173,7 @@ def load_trained(
     model: nn.Module, config: Config, state: dict[str, Any], found: dict[str, torch.Tensor], path: str
 ) -> None:
     """Load a run's weights into the model that its configuration, with overrides, makes."""
-    before = recorded(state)
+    before = recorded_model(state)
     if before:
         before.refuse_another(model, config.model.name, config.model.kwargs, path)
     checkpoint.load_weights(model, found, path)

@@ -22,7 +22,7 @@ from torchvision.datasets.folder import DatasetFolder, default_loader
 from ..errors import one_line, shortened
 from .config import AugmentConfig, Config, DataConfig
 from .distributed import World
-from .folders import Folder, Tar, unread_beside
+from .image_folders import FolderReader, TarReader, unread_beside
 from .images import Batch, Images, collate, collate_readable
 from .shards import Shards
 from .signals import STOPPING, settle_worker
@@ -180,11 +180,11 @@ def _open(config: Config, train: bool) -> Any:
         ) from error
 
 
-def _class_folders(root: str, dataset: str) -> Folder | Tar:
+def _class_folders(root: str, dataset: str) -> FolderReader | TarReader:
     if Path(root).is_dir():
-        return Folder(root, plain=dataset != "")
+        return FolderReader(root, plain=dataset != "")
     if dataset == "" and root.endswith(".tar"):
-        return Tar(root)
+        return TarReader(root)
     raise ValueError("it is no folder" + (" and no .tar file; unpack it" if dataset == "" else ""))
 
 

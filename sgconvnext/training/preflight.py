@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..errors import one_line
 from . import distributed, rng
-from .checkpoint import COPY, SYMBOLIC, Folder, links
 from .data import Split, class_names
 from .engine import Training, forward_loss
-from .folders import counted
+from .image_folders import counted
 from .images import Batch, Images
+from .run_folder import COPY, SYMBOLIC, RunFolder, kind_of_links
 
 GIB = 2**30
 STAND_INS = ("last.pth", "best.pth")
@@ -73,11 +73,11 @@ def disk(out: Path, size: int, keep: int) -> str:
         raise ValueError(f"out={str(out)!r} cannot be written: {folder} is no writable folder; name another")
     free = shutil.disk_usage(folder).free
     try:
-        kind = links(folder)
+        kind = kind_of_links(folder)
     except OSError as error:
         raise ValueError(f"out={str(out)!r} cannot hold checkpoints ({one_line(error)}); name another disk") from error
     written, copies = (2, 3) if kind == COPY else (1, 0)
-    most, there = keep + 2 + copies, len(Folder(out).files())
+    most, there = keep + 2 + copies, len(RunFolder(out).files())
     there += sum((out / name).is_file() and not (out / name).is_symlink() for name in STAND_INS) if copies else 0
     missing = max(written, most - there)
     if free < missing * size:

@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Folder
 from .config import KNOBS, Config, flatten, from_dict, to_dict
+from .run_folder import RunFolder
 
 _logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ ORDER = {"training_images"} | {key for key, facts in KNOBS.items() if facts.orde
 SHARD_ORDER = {"processes"} | {key for key, facts in KNOBS.items() if facts.order == "shards"}
 
 
-def find(config: Config, folder: Folder) -> Path | None:
+def find(config: Config, folder: RunFolder) -> Path | None:
     """The checkpoint to go on from; a folder that holds a run is only ever continued, never overwritten.
 
     Raises:

@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import DataError
 from . import rng
-from .folders import refuse_rest
+from .image_folders import refuse_rest
 from .images import Sample, TellsFaults, decode, unreadable
 
 # Undecoded samples a worker draws from: 5000 of ImageNet's, of 110 KB, are 0.55 GB and four of its usual shards;

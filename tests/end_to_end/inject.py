@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
-from sgconvnext.training import checkpoint, engine, images
+from sgconvnext.training import checkpoint, checksum, engine, images
 
 
 def around_updates(act: Any) -> None:
@@ -76,7 +76,7 @@ def full(number: int) -> None:
         nonlocal saved
         saved += 1
         if saved >= number:
-            checkpoint._Hashing.write = write
+            checksum.HashingFile.write = write
         original(path, state)
 
     checkpoint.save = save

@@ -25,7 +25,7 @@ from training_helpers import (
 import train
 import validate
 from sgconvnext.training import engine, optim, rng
-from sgconvnext.training.checkpoint import Folder
+from sgconvnext.training.run_folder import RunFolder
 
 # everything that draws random numbers or keeps a state, in 2 epochs of 5 updates of 2 forwards
 WHOLE = AUGMENTED | {"ema.decay": 0.9, "optim.batch_per_device": 8, "optim.warmup_epochs": 1, "optim.clip_grad": 1.0}
@@ -120,7 +120,7 @@ def test_stop_at_an_epochs_end_changes_nothing(
 
 @pytest.mark.parametrize(
     "lost",
-    ["sgconvnext.training.checkpoint.Folder.point", "sgconvnext.training.watch.Watch.epoch"],
+    ["sgconvnext.training.run_folder.RunFolder.point", "sgconvnext.training.watch.Watch.epoch"],
     ids=["links", "metrics"],
 )
 def test_kill_between_the_files_of_an_epoch_changes_nothing(
@@ -159,9 +159,9 @@ def test_run_on_a_disk_without_symbolic_links_ends_as_any_other(
     other = straight(run_here, **WHOLE)
     assert same_run(out, other)
     assert fingerprint(out / "best.pth") == fingerprint(other / "best.pth")
-    best, last = Folder(out).behind("best.pth"), Folder(out).file(2, 0)
-    assert Folder(out).behind("last.pth") == last
-    assert set(Folder(out).files()) == {best, last}  # all others are gone
+    best, last = RunFolder(out).behind("best.pth"), RunFolder(out).file(2, 0)
+    assert RunFolder(out).behind("last.pth") == last
+    assert set(RunFolder(out).files()) == {best, last}  # all others are gone
     capsys.readouterr()
     run_here(validate, "--checkpoint", out / "best.pth")
     top1 = max(line["val_top1"] for line in metrics(out))
@@ -175,14 +175,14 @@ def test_best_is_found_again_where_moving_the_folder_has_lost_its_link(
 ) -> None:
     """As cp -r does onto a disk without links."""
     out = micro_run(run_here, tmp_path, **{"epochs": 3, "optim.lr": 1e-30, "optim.min_lr": 0.0})  # no epoch is better
-    assert Folder(out).behind("best.pth") == Folder(out).file(1, 0)
+    assert RunFolder(out).behind("best.pth") == RunFolder(out).file(1, 0)
     for name in ("best.pth", "last.pth"):
         (out / name).unlink()
     disk_without(monkeypatch, *DISKS["copies"])
     changed = {"epochs": 4, "save.keep": 1, "optim.lr": 1e-30, "optim.min_lr": 0.0}
     micro_run(run_here, tmp_path, "resume=auto", "allow_change=epochs", **changed)
-    assert Folder(out).files() == [Folder(out).file(4, 0), Folder(out).file(1, 0)]
-    assert fingerprint(out / "best.pth") == fingerprint(Folder(out).file(1, 0))
+    assert RunFolder(out).files() == [RunFolder(out).file(4, 0), RunFolder(out).file(1, 0)]
+    assert fingerprint(out / "best.pth") == fingerprint(RunFolder(out).file(1, 0))
 
 
 SHARDS = {"data.dataset": "wds/toy", "data.train_samples": None, "data.val_samples": None, "model.num_classes": 2}

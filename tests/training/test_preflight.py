@@ -36,6 +36,7 @@ from training_helpers import (
 from sgconvnext.training import checkpoint, data, engine, preflight, rng
 from sgconvnext.training.config import Config, to_dict
 from sgconvnext.training.images import Batch, Images
+from sgconvnext.training.run_folder import RunFolder
 
 GIB = 2**30
 SIZE = (3, 32, 32)
@@ -154,7 +155,7 @@ def test_disk_must_have_room_for_the_checkpoints_that_are_not_there_yet(
 ) -> None:
     """Three newest, the best, and the one being written, which always needs room."""
     for epoch in range(files):
-        checkpoint.Folder(tmp_path).file(epoch, 0).touch()
+        RunFolder(tmp_path).file(epoch, 0).touch()
     free["bytes"] = missing * GIB
     assert preflight.disk(tmp_path, GIB, keep=3) == (
         f"1.00 GiB a checkpoint, 5 at most at a time; {missing}.00 GiB free in {tmp_path}"
@@ -180,7 +181,7 @@ def test_copies_in_place_of_links_need_room_too(
     with refused(f"{missing} more checkpoints"):
         preflight.disk(tmp_path, GIB, keep=3)
     for epoch in range(9):
-        checkpoint.Folder(tmp_path).file(epoch, 0).touch()
+        RunFolder(tmp_path).file(epoch, 0).touch()
     with refused("2 more checkpoints"):
         free["bytes"] = 2 * GIB - 1
         preflight.disk(tmp_path, GIB, keep=3)

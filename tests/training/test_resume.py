@@ -10,22 +10,22 @@ from helpers import refused
 from training_helpers import DISKS, disk_without, flatten, micro_config
 
 from sgconvnext.training import checkpoint, resume
-from sgconvnext.training.checkpoint import Folder
 from sgconvnext.training.config import Config, from_dict, to_dict
+from sgconvnext.training.run_folder import RunFolder
 
 STATE = {"state_dict": {"weight": torch.arange(4.0)}}
 
 
-def run(path: Path, *epochs: int) -> Folder:
+def run(path: Path, *epochs: int) -> RunFolder:
     """A folder with good checkpoints after those epochs."""
     path.mkdir(parents=True, exist_ok=True)
-    folder = Folder(path)
+    folder = RunFolder(path)
     for epoch in epochs:
         folder.add(folder.file(epoch, 0), STATE, keep=99, best=epoch == min(epochs))
     return folder
 
 
-def found(folder: Folder, given: object) -> Path | None:
+def found(folder: RunFolder, given: object) -> Path | None:
     return resume.find(micro_config(out=str(folder.path), resume=str(given)), folder)
 
 
@@ -33,7 +33,7 @@ def found(folder: Folder, given: object) -> Path | None:
 
 
 def test_auto_begins_where_there_is_nothing_and_goes_on_from_the_newest(tmp_path: Path) -> None:
-    assert found(Folder(tmp_path / "none"), "auto") is None
+    assert found(RunFolder(tmp_path / "none"), "auto") is None
     assert found(run(tmp_path), "auto") is None
     (tmp_path / "metrics.jsonl").touch()  # killed in its first epoch
     assert found(run(tmp_path), "auto") is None
@@ -63,8 +63,8 @@ def test_auto_is_refused_where_every_checkpoint_is_damaged(tmp_path: Path) -> No
 def test_auto_does_not_pass_over_a_lone_file_of_an_older_version(name: str, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / name, STATE)
     with refused(str(tmp_path), f"holds {name}", f"resume={tmp_path / name}"):
-        found(Folder(tmp_path), "auto")
-    assert found(Folder(tmp_path), tmp_path / name) == tmp_path / name
+        found(RunFolder(tmp_path), "auto")
+    assert found(RunFolder(tmp_path), tmp_path / name) == tmp_path / name
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_auto_does_not_pass_over_a_lone_file_of_an_older_version(name: str, tmp_
 )
 def test_folder_that_holds_a_run_is_not_started_anew(held: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    folder = Folder(tmp_path / "out")
+    folder = RunFolder(tmp_path / "out")
     assert found(folder, "") is None
     (tmp_path / "out/notes.txt").touch()
     assert found(folder, "") is None
@@ -97,7 +97,7 @@ def test_path_inside_is_found_under_the_name_that_the_folder_has_for_it(
     (tmp_path / "sub").mkdir()
     (tmp_path / "link").symlink_to("out")
     run(tmp_path / "out", 1, 2, 3)
-    folder = Folder(Path(out))
+    folder = RunFolder(Path(out))
     for given, epoch in [("checkpoint-0002-000000.pth", 2), ("last.pth", 3), ("best.pth", 1)]:
         for where in ("out", "link", tmp_path / "out"):
             path = found(folder, Path(where) / given)
@@ -112,7 +112,7 @@ def test_last_and_best_are_found_under_their_own_names_without_links(
     disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk_without(monkeypatch, *DISKS[disk])
-    folder = Folder(tmp_path)
+    folder = RunFolder(tmp_path)
     for epoch in (1, 2, 3):
         folder.add(folder.file(epoch, 0), STATE | {"epoch": epoch}, keep=99, best=epoch == 2)
     for given, epoch in [("auto", 3), (tmp_path / "last.pth", 3), (tmp_path / "best.pth", 2)]:

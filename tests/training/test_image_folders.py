@@ -18,7 +18,7 @@ from timm.data import create_dataset
 from torchvision.datasets import ImageFolder
 from training_helpers import ROOT, alone, command, environment, micro_config, write_config, write_images
 
-from sgconvnext.training import data, folders
+from sgconvnext.training import data, image_folders
 from sgconvnext.training.data import Split
 
 ALIKE = ["A", "a", "B", "b", "01", "1", "001", "10", "2", "x1", "X01", "Ä", "ä", "²"]  # EMNIST's, chars74k's
@@ -86,7 +86,7 @@ BOTH = pytest.mark.parametrize("kind", ["folder", "tar"])
 # ---- the order of classes and files
 
 LIST = """
-import sys, tests.test_folders as t
+import sys, test_image_folders as t
 for root, changes in [(sys.argv[1], {}), (sys.argv[1], {"data.train_split": "train.tar"})]:
     split = t.split_of(t.Path(root), **changes)
     print(list(split.class_to_idx.items()), t.labels(split), split.dataset.targets(), split.dataset.digest())
@@ -95,7 +95,7 @@ for root, changes in [(sys.argv[1], {}), (sys.argv[1], {"data.train_split": "tra
 
 def listed(root: Path, seed: int) -> str:
     """What another process, with hashes of its own, makes of train and train.tar."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
     done = subprocess.run(
         [sys.executable, "-c", LIST, root],
         env=environment(PYTHONHASHSEED=str(seed), PYTHONPATH=paths),
@@ -255,7 +255,7 @@ def test_files_that_are_not_read_are_counted_by_suffix(kind: str, tmp_path: Path
     split = in_either(kind, tmp_path, "cat/1.png", "dog/1.png", *beside)
     assert len(split) == 2
     assert split.unread == {".txt": 2, ".heic": 2, ".DS_Store": 1, "no suffix": 1, ".f": 1}
-    assert folders.counted(split.unread) == ".heic 2, .txt 2, .DS_Store 1, .f 1, no suffix 1"
+    assert image_folders.counted(split.unread) == ".heic 2, .txt 2, .DS_Store 1, .f 1, no suffix 1"
 
 
 @BOTH
@@ -307,7 +307,7 @@ def test_images_of_every_usual_suffix_are_read(kind: str, tmp_path: Path) -> Non
 def test_every_suffix_that_is_read_is_one_of_pillow() -> None:
     Image.init()
     readable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
-    assert folders.SUFFIXES - {".avif"} <= readable
+    assert image_folders.SUFFIXES - {".avif"} <= readable
 
 
 def test_files_that_torchvisions_list_leaves_out_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ FREE = {
 }
 
 
-class Recorded(NamedTuple):
+class RecordedModel(NamedTuple):
     """Name, arguments and image size that the model was made with."""
 
     name: str
@@ -58,19 +58,19 @@ class Recorded(NamedTuple):
                 )
 
 
-def recorded(state: dict[str, Any]) -> Recorded | None:
+def recorded_model(state: dict[str, Any]) -> RecordedModel | None:
     """Out of a checkpoint of train.py or of timm's, or an exported file; None if it holds weights alone."""
     args = state.get("args")
     if isinstance(args, dict) and isinstance(args.get("model"), dict):
         model = args["model"]
-        return Recorded(str(model.get("name", "")), model.get("kwargs") or {}, model.get("img_size"))
+        return RecordedModel(str(model.get("name", "")), model.get("kwargs") or {}, model.get("img_size"))
     if isinstance(args, argparse.Namespace) and isinstance(state.get("arch"), str):
         given = dict(getattr(args, "model_kwargs", None) or {})
-        return Recorded(state["arch"], given, given.get("img_size"))
+        return RecordedModel(state["arch"], given, given.get("img_size"))
     exported = state.get("metadata")
     if isinstance(exported, dict) and {"timm_model_args", "arch"} <= exported.keys():  # of sgconvnext.export
         given = json.loads(exported["timm_model_args"])
-        return Recorded(exported["arch"], given, given.get("img_size"))
+        return RecordedModel(exported["arch"], given, given.get("img_size"))
     return None
 
 

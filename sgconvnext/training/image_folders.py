@@ -110,7 +110,7 @@ def numbered(labels: list[str], plain: bool = False) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
 
 
-class Folder(ReaderImageFolder):  # type: ignore[misc]
+class FolderReader(ReaderImageFolder):  # type: ignore[misc]
     """timm's reader of a folder of class folders, with a list of our own.
 
     Args:
@@ -172,7 +172,7 @@ def unread_beside(root: str, read: set[str]) -> Counter[str]:
     )
 
 
-class Tar(ReaderImageInTar):  # type: ignore[misc]
+class TarReader(ReaderImageInTar):  # type: ignore[misc]
     """timm's reader of a tar file, with a list of our own.
 
     Folders that all files share, such as the split's own, are passed over; a tar file in it is a folder of its name.

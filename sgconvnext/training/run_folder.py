@@ -1,0 +1,270 @@
+"""The output folder of a run: its lock, its checkpoints, and last.pth and best.pth, which are links to two of them."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import one_line
+from ..files import write_whole
+from . import checkpoint, checksum
+from .checksum import checksum_of
+
+_logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Make the output folder and lock it, on this machine: two runs in one folder would mix their files."""
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"out={str(out)!r} cannot be made a folder ({error.strerror}); name another") from error
+    try:
+        if not os.access(out, os.W_OK):
+            raise ValueError(f"out={str(out)!r} is not writable; name another")
+        _lock(folder, out)
+        yield
+    finally:
+        os.close(folder)
+        if made:
+            with contextlib.suppress(OSError):  # it holds a run by now
+                out.rmdir()
+
+
+def _lock(folder: int, out: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"out={str(out)!r} is in use by another run; wait for it, or name another") from error
+    except OSError as error:
+        _logger.warning("out=%r: its disk has no locks (%s); start no second run in it", str(out), error.strerror)
+
+
+SYMBOLIC, HARD, COPY = "symbolic links", "hard links", "copies"  # what last.pth and best.pth can be
+TRIED = ".sgconvnext-"  # how the name of a folder begins in which they are tried
+# What disks say that have no such links: exFAT, FAT, some shares and mounted buckets
+_HAVE_NONE = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK, errno.ELOOP)
+
+
+def kind_of_links(folder: Path) -> str:
+    """SYMBOLIC, HARD or COPY: the first of them that the disk of an existing folder can do. Tried, then removed.
+
+    Raises:
+        OSError: it cannot even replace a file by another, or is full.
+    """
+    with tempfile.TemporaryDirectory(prefix=TRIED, dir=folder, ignore_cleanup_errors=True) as name:
+        file, other = Path(name) / "file", Path(name) / "other"
+        for content in (b"before", b"now"):
+            write_whole(file, content)
+        if file.read_bytes() != b"now":
+            raise OSError(errno.EIO, "a file that replaced another cannot be read back")
+        for kind, make in ((SYMBOLIC, _symbolic), (HARD, _hard)):
+            write_whole(other, b"before")
+            with _unless_there_are_none():
+                partial = Path(name) / kind
+                make(partial, file)
+                partial.replace(other)
+                if other.read_bytes() == b"now":
+                    return kind
+    return COPY
+
+
+def _symbolic(link: Path, path: Path) -> None:
+    link.symlink_to(path.name)
+
+
+def _hard(link: Path, path: Path) -> None:
+    link.hardlink_to(path)
+
+
+@contextlib.contextmanager
+def _unless_there_are_none() -> Iterator[None]:
+    try:
+        yield
+    except NotImplementedError:  # Python's, where the system has no such call
+        pass
+    except OSError as error:
+        if error.errno not in _HAVE_NONE:
+            raise
+
+
+def _problem(path: Path) -> str:
+    """Why a checkpoint cannot be loaded; '' if it can."""
+    try:
+        checkpoint.load(path)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+class RunFolder:
+    """The checkpoints of one run: ``checkpoint-EPOCHS-UPDATES.pth`` by the epochs finished and the updates since.
+
+    ``last.pth`` and ``best.pth`` are links to two of them, or what the disk has in place of links: hard links or
+    copies, either with a checksum of its own, by which they are known. Only one process of a run may write here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.owed: Path | None = None  # what best.pth should be, and could not be made
+
+    @cached_property
+    def links(self) -> str:
+        """What last.pth and best.pth are on this disk."""
+        return kind_of_links(self.path)
+
+    def clear(self) -> None:
+        """Remove what a kill left half-written."""
+        for partial in self.path.glob("*.partial"):
+            partial.unlink()
+        for tried in self.path.glob(f"{TRIED}*"):
+            shutil.rmtree(tried)
+
+    def file(self, epochs: int, updates: int) -> Path:
+        """The checkpoint of that position of the run."""
+        return self.path / f"checkpoint-{epochs:04d}-{updates:06d}.pth"
+
+    def files(self) -> list[Path]:
+        """Newest position first."""
+        found = [path for path in self.path.glob("*.pth") if path.is_file() and self.position(path)]
+        return sorted(found, key=self.position, reverse=True)
+
+    @staticmethod
+    def position(path: Path) -> tuple[int, ...]:
+        """Epochs and updates of a file by its name; () for any other file."""
+        match = re.fullmatch(r"checkpoint-(\d+)-(\d+)\.pth", path.name)
+        return tuple(map(int, match.groups())) if match else ()
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that reads well, and what is wrong with those after it.
+
+        Raises:
+            ValueError: there are checkpoints, but not one is good.
+        """
+        wrong: list[str] = []
+        for path in self.files():
+            problem = _problem(path)
+            if not problem:
+                return path, wrong
+            wrong.append(problem)
+        if wrong:
+            raise ValueError(
+                f"out={str(self.path)!r} has no good checkpoint among {len(wrong)}, the newest: {wrong[0]}; restore "
+                "one, or name another out"
+            )
+        return None, wrong
+
+    def add(self, path: Path, state: dict[str, Any], keep: int, best: bool) -> None:
+        """Save, point ``last.pth`` (and ``best.pth``) at it, then remove all but the newest ``keep`` and the best."""
+        checkpoint.save(path, state)
+        self.owed = path if best else self.owed
+        self._name("last.pth", path)
+        if self.owed is not None and self._name("best.pth", self.owed):
+            self.owed = None
+        try:
+            self._prune(keep, path)
+        except OSError as error:
+            _logger.warning("old checkpoints in %s cannot be removed: %s", self.path, one_line(error))
+
+    def _name(self, link: str, path: Path) -> bool:
+        """Whether the link could be made; the checkpoint is saved all the same, and the next one tries again."""
+        try:
+            self.point(link, path)
+        except OSError as error:
+            _logger.warning("%s cannot be made of %s: %s", self.path / link, path, one_line(error))
+            return False
+        return True
+
+    def _prune(self, keep: int, newest: Path) -> None:
+        spared = {*self.files()[:keep], newest, self.owed}
+        old = [path for path in self.files() if path not in spared]
+        if old:
+            best = self.behind("best.pth")
+        for path in old:
+            if path != best:
+                self._remove(path)
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        checksum_of(path).unlink(missing_ok=True)
+
+    def behind(self, name: str) -> Path | None:
+        """The file in this folder that ``last.pth`` or ``best.pth`` is another name or a copy of; None for none."""
+        link = self.path / name
+        if link.is_symlink():
+            target = self.path / link.resolve().name
+            return target if target.exists() else None
+        if not link.is_file():
+            return None
+        others = [*self.files(), *(path for path in self.path.glob("*.aside*") if path.suffix != ".sha256")]
+        size, own = link.stat().st_size, None
+        for path in others:
+            if path.samefile(link):
+                return path
+        for path in others:
+            if path.stat().st_size == size:
+                own = own or checksum.identity(link)
+                if checksum.identity(path) == own:
+                    return path
+        return None
+
+    def point(self, link: str, path: Path) -> None:
+        """Make ``link`` another name of ``path``, or a copy of it where the disk has no links, in one step."""
+        here = self.path / link
+
+        def stand_in(partial: Path) -> str:
+            if self.links == HARD:
+                _hard(partial, path)
+                return checksum.identity(path)
+            return checksum.copy(path, partial)
+
+        if self.links == SYMBOLIC:
+            partial = self.path / (link + ".partial")
+            partial.unlink(missing_ok=True)
+            _symbolic(partial, path)
+            partial.replace(here)
+            checksum_of(here).unlink(missing_ok=True)  # of the stand-in that it was on another disk
+        elif here.is_symlink() or self.behind(link) != path or not checksum_of(here).exists():
+            checksum.replace(here, stand_in)
+
+    def adopt(self) -> None:
+        """Make last.pth and best.pth what they are on this disk, where a folder from another disk has copies."""
+        for name in ("last.pth", "best.pth"):
+            stands = (self.path / name).is_file() and not (self.path / name).is_symlink()
+            if stands and (self.links == SYMBOLIC or not checksum_of(self.path / name).exists()):
+                file = self.behind(name)
+                if file is not None:
+                    self.point(name, file)
+
+    def set_aside(self, after: tuple[int, int]) -> list[Path]:
+        """Rename every checkpoint of a later position to ``*.aside``: damaged, or of a run that went another way."""
+        renamed = []
+        for path in [path for path in self.files() if self.position(path) > after]:
+            free = path.with_name(path.name + ".aside")
+            while free.exists():
+                free = free.with_name(free.name + "+")
+            was_best = (self.path / "best.pth").is_symlink() and self.behind("best.pth") == path
+            path.rename(free)
+            if checksum_of(path).exists():
+                write_whole(checksum_of(free), checksum_of(path).read_text().replace(path.name, free.name).encode())
+                checksum_of(path).unlink()
+            if was_best:  # what is no symbolic link goes on to be what it is
+                self.point("best.pth", free)
+            renamed.append(free)
+        if renamed and self.files():
+            self.point("last.pth", self.files()[0])
+        elif renamed:
+            self._remove(self.path / "last.pth")
+        return renamed
