@@ -87,6 +87,9 @@ def create_splits(config: Config, world: World) -> tuple[Split, Split, int]:
         ValueError: on every process, the first that any of them has; or that they differ.
     """
 
+    if config.data.download and world.size > 1:
+        raise ValueError("data.download=true writes files: download in one process first, then run without it")
+
     def create() -> tuple[Split, Split, int]:
         train, val = create_split(config, train=True), create_split(config, train=False)
         return train, val, num_classes(train, val, config.model.num_classes)
@@ -360,21 +363,3 @@ def _loader_options(config: Config, world: World) -> dict[str, Any]:
         "pin_memory": config.data.pin_memory and world.device.type == "cuda",
         "worker_init_fn": settle_worker,
     }
-
-
-def updates_per_epoch(samples: int, global_batch: int) -> int:
-    """floor(samples / global batch), as ConvNeXt counts: no update with fewer images."""
-    if samples < global_batch:
-        raise ValueError(f"optim.global_batch={global_batch} is more than the {samples} training images; lower it")
-    return samples // global_batch
-
-
-def accumulation_steps(global_batch: int, per_device: int, world_size: int) -> int:
-    """Forwards per update: global batch / (batch per device * devices), which must come out whole."""
-    steps, rest = divmod(global_batch, per_device * world_size)
-    if rest:
-        raise ValueError(
-            f"optim.global_batch={global_batch} is no multiple of optim.batch_per_device={per_device} times "
-            f"{world_size} processes = {per_device * world_size}; change one of them"
-        )
-    return steps

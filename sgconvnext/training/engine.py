@@ -1,4 +1,4 @@
-"""One update, and one exact evaluation."""
+"""One update with its loss, gradient and average of the weights; and one exact evaluation."""
 
 import logging
 import math
@@ -25,15 +25,16 @@ from ..errors import NonFiniteError, TooManyUnreadableError
 from . import rng
 from .config import Config
 from .distributed import World
-from .images import UNREADABLE, Batch
+from .images import UNREADABLE, Batch, Images
 from .nonfinite import first_gradient, first_module
 from .optim import set_learning_rate
+from .shards import Shards
 from .signals import STOPPING, StopRequest
 
 _logger = logging.getLogger(__name__)
 
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,7 +52,12 @@ class Training:
     mixup: Mixup | None
     accumulation: int
     learning_rates: NDArray[np.float64]  # of every update of the run
+    images: Images | Shards  # to train on
     stop: StopRequest = field(default_factory=StopRequest)
+
+    def evaluated(self) -> dict[str, nn.Module]:
+        """What is evaluated after an epoch: the model, and the EMA if there is one; by the first word of their metrics."""
+        return {"val": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
 
 
 @dataclass(slots=True)
@@ -69,10 +75,20 @@ class Progress:
     grad_norm: float = math.nan
     wait_s: float = 0.0  # for data, of this process since it began
 
+    def position(self) -> str:
+        """In words."""
+        return f"{self.epoch} epochs and {self.update} updates"
+
+
+def set_arithmetic(tf32: bool, cudnn_benchmark: bool = False) -> None:
+    """How this process computes on CUDA, see the knobs of these names."""
+    torch.backends.cudnn.benchmark = cudnn_benchmark
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
     """Mixed precision as run.precision says; fp32 is no context at all."""
-    dtype = DTYPES[config.run.precision]
+    dtype = PRECISIONS[config.run.precision]
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
@@ -86,25 +102,26 @@ def to_device(batch: Batch, config: Config, device: torch.device) -> tuple[Tenso
 
 
 def forward_loss(t: Training, model: Any, batch: Batch) -> Tensor:
-    """The loss of one forward, as a share of the update's."""
+    """The loss of one batch, mixed where the configuration says so."""
     images, targets = to_device(batch, t.config, t.world.device)
     if t.mixup is not None:
         if images is batch.images:
             images = images.clone()  # timm mixes in place, and a replay needs the batch as it came
         images, targets = t.mixup(images, targets)
     with autocast(t.config, t.world.device):
-        loss: Tensor = t.criterion(model(images), targets) / t.accumulation
+        loss: Tensor = t.criterion(model(images), targets)
     return loss
 
 
-def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: float) -> list[Batch]:
-    """One optimiser step over ``accumulation`` batches; returns them.
+def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: float) -> None:
+    """One step of the optimiser over ``accumulation`` batches, then of the EMA.
 
-    Loss, gradient and a request to stop are agreed on by all processes before the step. Where loss or gradient is not
-    finite, fp16 leaves the step out and scales the loss down, up to run.max_skips times in a row.
+    All processes agree on loss, gradient and a request to stop before the step. Where loss or gradient is not finite,
+    fp16 leaves the step out and scales the loss down, up to run.max_skips times in a row.
 
     Raises:
         NonFiniteError: on every process, before optimiser, EMA and weights are touched.
+        TooManyUnreadableError: on every process, after the step.
     """
     set_learning_rate(t.optimizer, lr)
     drawn = rng.state(t.world.device)
@@ -116,7 +133,7 @@ def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: 
         progress.wait_s += time.perf_counter() - began
         last = micro == t.accumulation - 1
         with nullcontext() if last or not isinstance(t.parallel, DistributedDataParallel) else t.parallel.no_sync():
-            loss = forward_loss(t, t.parallel, used[-1])
+            loss = forward_loss(t, t.parallel, used[-1]) / t.accumulation
             t.scaler.scale(loss).backward()
         total += loss.detach()
     t.scaler.unscale_(t.optimizer)
@@ -139,7 +156,9 @@ def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: 
     if t.ema is not None:
         t.ema.update(t.model)
     progress.update += 1
-    return used
+    for batch in used:
+        t.images.tell(batch)
+    check_readable(progress.unreadable, len(t.images), "training", t.config)
 
 
 def _agree(t: Training, progress: Progress, own_loss: float, used: list[Batch]) -> bool:

@@ -1,4 +1,4 @@
-"""ConvNeXt's learning-rate table and parameter groups."""
+"""Updates and the batches in them, ConvNeXt's learning rate of each, and ConvNeXt's parameter groups."""
 
 import math
 import re
@@ -13,6 +13,24 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .config import OptimConfig
+
+
+def updates_per_epoch(samples: int, global_batch: int) -> int:
+    """floor(samples / global batch), as ConvNeXt counts: no update with fewer images."""
+    if samples < global_batch:
+        raise ValueError(f"optim.global_batch={global_batch} is more than the {samples} training images; lower it")
+    return samples // global_batch
+
+
+def accumulation_steps(global_batch: int, per_device: int, world_size: int) -> int:
+    """Forwards per update: global batch / (batch per device * devices), which must come out whole."""
+    steps, rest = divmod(global_batch, per_device * world_size)
+    if rest:
+        raise ValueError(
+            f"optim.global_batch={global_batch} is no multiple of optim.batch_per_device={per_device} times "
+            f"{world_size} processes = {per_device * world_size}; change one of them"
+        )
+    return steps
 
 
 def learning_rates(optim: OptimConfig, epochs: int, updates_per_epoch: int) -> NDArray[np.float64]:

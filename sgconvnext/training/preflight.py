@@ -1,6 +1,7 @@
 """What a run will need and do, looked at before its first update; the impossible is refused here, not after a day."""
 
 import contextlib
+import logging
 import os
 import shutil
 from collections import Counter
@@ -9,24 +10,74 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from ..errors import one_line
+from ..errors import one_line, shortened
 from . import distributed, rng
 from .data import Split, class_names
 from .engine import Training, forward_loss
 from .image_folders import counted
 from .images import Batch, Images
+from .optim import updates_per_epoch
 from .run_folder import COPY, SYMBOLIC, RunFolder, kind_of_links
+
+_logger = logging.getLogger(__name__)
 
 GIB = 2**30
 STAND_INS = ("last.pth", "best.pth")
 
 
+def look_ahead(t: Training, train: Split, val: Split) -> None:
+    """Log what the run will be, and what it needs, before its first update.
+
+    Raises:
+        ValueError: memory or disk will not suffice.
+    """
+    config, world = t.config, t.world
+    size = to_2tuple(config.data.img_size)
+    parameters = sum(p.numel() for p in t.model.parameters()) / 1e6
+    batch = (config.optim.global_batch, config.optim.batch_per_device, world.size, world.device.type)
+    updates = updates_per_epoch(len(train), config.optim.global_batch)
+    memory = rehearse(t, (3, *size))
+    room = disk(Path(config.out), checkpoint_bytes(t), config.save.keep)
+    names = ": " + shortened(class_names(train.class_to_idx)) if train.class_to_idx else ""
+    for line in (
+        f"{config.model.name}: {parameters:.1f}M parameters, {config.model.num_classes} classes{names}",
+        f"{len(train)} training and {len(val)} validation images, " + class_counts(train.dataset, train.class_to_idx),
+        *unread(train=train, val=val),
+        "global batch {} = {} per device x {} {} x {} accumulation; ".format(*batch, t.accumulation)
+        + f"{updates} updates per epoch, {len(t.learning_rates)} in all; {config.run.precision}",
+        f"learning rate: peak {config.optim.lr:.4g} after {config.optim.warmup_epochs * updates} updates of "
+        f"warm-up, {t.learning_rates[-1]:.4g} at the end",
+        *kernels(t.model, size),
+        f"memory: {memory}",
+        f"disk: {room}",
+    ):
+        _logger.info("%s", line)
+
+
 def kernels(model: nn.Module, img_size: int | tuple[int, int]) -> list[str]:
-    """One line per stage of a model with global kernels: tokens at that image size against taps. Others have none."""
-    table = getattr(model, "kernel_table", None)
-    return [] if table is None else [f"stage {i + 1}: {row}" for i, row in enumerate(table(img_size))]
+    """One line for each stage of a model with global kernels: its tokens at that image size, and its taps.
+
+    A block with a global kernel has the layer as ``sgconv``; a model without such blocks gives no line.
+    """
+    height, width = to_2tuple(img_size)
+    layers: dict[str, Any] = {}  # of the first block of each stage
+    for name, module in model.named_modules():
+        if hasattr(module, "sgconv"):
+            layers.setdefault(name.partition(".blocks.")[0], module.sgconv)
+    lines = []
+    for i, layer in enumerate(layers.values()):
+        stride = 4 * 2**i  # ConvNeXt's, from pixels to the tokens of a stage
+        rows, columns = height // stride, width // stride
+        built = "x".join(map(str, layer.input_size))
+        directions, scales, _, taps = layer.weight.shape
+        lines.append(
+            f"stage {i + 1}: {rows * columns} tokens ({rows}x{columns}); kernels for {built} in {directions} "
+            f"directions, {scales} scales of {taps} taps"
+        )
+    return lines
 
 
 def class_counts(dataset: Any, class_to_idx: dict[str, int] | None = None) -> str:

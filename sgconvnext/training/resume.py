@@ -1,12 +1,18 @@
-"""Which checkpoint a run goes on from, and what may differ from the run that wrote it."""
+"""Which checkpoint a run goes on from, what may differ from the run that wrote it, and what the checkpoint holds."""
 
+import dataclasses
 import difflib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from . import checkpoint, engine, optim
 from .config import KNOBS, Config, flatten, from_dict, to_dict
 from .run_folder import RunFolder
+from .watch import score
+
+if TYPE_CHECKING:
+    from .run import Run
 
 _logger = logging.getLogger(__name__)
 
@@ -115,3 +121,57 @@ def _allowed(text: str, known: list[str]) -> list[str]:
 def _covers(name: str, key: str) -> bool:
     """A knob, or the section it is in."""
     return key == name or key.startswith(name + ".")
+
+
+def state(run: "Run", ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of a checkpoint: all that a run needs to go on, under timm's names where it has one.
+
+    Args:
+        run: whose checkpoint it is.
+        ranks: the random numbers of every process, at the epoch's start and now.
+    """
+    t, p = run.training, run.progress
+    state = {
+        "state_dict": t.model.state_dict(),
+        "optimizer": t.optimizer.state_dict(),
+        "amp_scaler": t.scaler.state_dict(),
+        "epoch": p.epoch - 1,  # the last that is finished
+        "arch": run.config.model.name,
+        "args": to_dict(run.config),
+        "version": checkpoint.VERSION,
+        "metric": score(run.history[-1]) if run.history else None,
+        "best": run.best,
+        "history": run.history,
+        "progress": dataclasses.asdict(p),
+        "ranks": ranks,
+        "facts": run.facts,
+        "class_to_idx": run.class_to_idx,
+    }
+    return state if t.ema is None else state | {"state_dict_ema": t.ema.module.state_dict()}
+
+
+def take_up(run: "Run", path: Path) -> None:
+    """Put a run where a checkpoint left it; the counterpart of `state`.
+
+    Raises:
+        ValueError: the run is not the one that wrote the checkpoint, see `refuse_changes`.
+    """
+    state, t = checkpoint.load(path), run.training
+    refuse_changes(state, run.config, run.facts, path)
+    if state.get("class_to_idx") != run.class_to_idx:
+        raise ValueError(f"resume={str(path)!r} was written with other classes; start anew with model.checkpoint")
+    checkpoint.load_weights(t.model, checkpoint.weights(state, False, path), path)
+    if t.ema is not None:
+        averaged = bool(state.get("state_dict_ema"))  # not where ema.decay was changed from 0
+        checkpoint.load_weights(t.ema.module, checkpoint.weights(state, averaged, path), path)
+    optim.load_state(t.optimizer, state["optimizer"])
+    if state["amp_scaler"]:
+        t.scaler.load_state_dict(state["amp_scaler"])
+    run.progress, run.history = engine.Progress(**state["progress"]), state["history"]
+    if path.parent.resolve() == run.folder.path.resolve():  # else the best is another folder's
+        run.best = state["best"]
+    if run.world.size == len(state["ranks"]):
+        own = state["ranks"][run.world.rank]
+        run.drawn, run.drawn_now = own["epoch"], own["now"]
+    run.saver.saved = path
+    _logger.info("going on from %s, after %s", path, run.progress.position())

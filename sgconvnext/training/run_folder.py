@@ -1,4 +1,4 @@
-"""The output folder of a run: its lock, its checkpoints, and last.pth and best.pth, which are links to two of them."""
+"""The output folder of a run: its lock; its checkpoints; last.pth and best.pth, links to two of them; and saving."""
 
 import contextlib
 import errno
@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from ..errors import one_line
 from ..files import write_whole
 from . import checkpoint, checksum
 from .checksum import checksum_of
+from .config import SaveConfig
+from .distributed import World
 
 _logger = logging.getLogger(__name__)
+
+RETRY_S = 30.0  # at least so long between two attempts to save
 
 
 @contextlib.contextmanager
@@ -248,6 +253,19 @@ class RunFolder:
                 if file is not None:
                     self.point(name, file)
 
+    def restore_best(self, file: Path, going_on_from: Path | None) -> None:
+        """Point best.pth at the best epoch's checkpoint, if it should be that and is not.
+
+        A kill may have come between checkpoint and link; a disk without links may have lost the link when the folder
+        moved. A best.pth that was set aside or comes from elsewhere stays, unless the run goes on from its best epoch.
+        """
+        files = self.files()
+        if file not in files:
+            return
+        named, here = self.behind("best.pth"), self.path / "best.pth"
+        if file != named and (file == going_on_from or named in files or not here.exists()):
+            self.point("best.pth", file)
+
     def set_aside(self, after: tuple[int, int]) -> list[Path]:
         """Rename every checkpoint of a later position to ``*.aside``: damaged, or of a run that went another way."""
         renamed = []
@@ -268,3 +286,51 @@ class RunFolder:
         elif renamed:
             self._remove(self.path / "last.pth")
         return renamed
+
+
+class Saver:
+    """Saves the checkpoints of a run; a failure is told and tried again.
+
+    Args:
+        folder: of the run.
+        world: of which rank 0 writes.
+        knobs: how many checkpoints to keep, and how many failures in a row to bear.
+    """
+
+    def __init__(self, folder: RunFolder, world: World, knobs: SaveConfig) -> None:
+        self.folder, self.world, self.knobs = folder, world, knobs
+        self.saved: Path | None = None  # the last good checkpoint
+        self.failures, self.failed = 0, 0.0  # in a row, and when the last was
+
+    def save(self, path: Path, state: Callable[[], dict[str, Any]], best: bool, leaving: bool) -> bool:
+        """Write a checkpoint; whether that went well. To be called by every process.
+
+        Args:
+            path: of the checkpoint.
+            state: makes its content, on rank 0.
+            best: best.pth becomes another name of it.
+            leaving: the run ends anyway, so that nothing is raised.
+
+        Raises:
+            OSError: it was the last of save.max_failures in a row.
+        """
+        try:
+            self.world.on_first(lambda: self.folder.add(path, state(), self.knobs.keep, best))
+        except OSError as error:
+            self.failures, self.failed = self.failures + 1, time.perf_counter()
+            if self.failures >= self.knobs.max_failures and not leaving:
+                raise OSError(f"{error}; given up after {self.failures} failures in a row, {self.last()}") from error
+            if self.world.is_first:
+                _logger.warning("%s; %s%s", error, self.last(), "" if leaving else ", and the run goes on")
+            return False
+        self.failures, self.saved = 0, path
+        return True
+
+    def is_due_again(self) -> bool:
+        """Whether the last attempt failed, long enough ago."""
+        return self.failures > 0 and time.perf_counter() - self.failed > RETRY_S
+
+    def last(self) -> str:
+        """The last good checkpoint, in words."""
+        there = self.saved is not None and self.saved.exists()
+        return f"the last good checkpoint is {self.saved}" if there else "there is no checkpoint"

@@ -16,7 +16,12 @@ from .config import Config, to_dict
 
 _logger = logging.getLogger(__name__)
 
-Metrics = dict[str, float]  # of one epoch, as engine and train.py name them; "epoch" counts from 0
+Metrics = dict[str, float]  # of one epoch, as `Run.evaluate` names them; "epoch" counts from 0
+
+
+def score(metrics: Metrics) -> float:
+    """Top-1 of the model or of its EMA, whichever is better; the epoch with the highest is the best."""
+    return max(metrics["val_top1"], metrics.get("ema_top1", -math.inf))
 
 
 class Sink(Protocol):
