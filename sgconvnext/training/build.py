@@ -1,4 +1,4 @@
-"""From a configuration to the network and the loss: the network is only a name given to timm."""
+"""The network and the loss that a configuration names; the network is known only by its name in timm."""
 
 import ast
 import difflib
@@ -72,7 +72,7 @@ def _started(config: Config, arguments: dict[str, Any]) -> Any:
 
 
 def _px(size: int | Sequence[int]) -> str:
-    """As a knob takes it."""
+    """An image size as a knob takes it."""
     height, width = to_2tuple(size)
     return f"{height}" if height == width else f"[{height},{width}]"
 

@@ -34,8 +34,8 @@ class HashingFile:
 def replace(path: Path, make: Callable[[Path], str]) -> None:
     """Replace a file and its checksum.
 
-    Both go into a file of another name first, are flushed to the disk and then renamed. The checksum comes first, and
-    beside it stays that of the file to be replaced, so that at no moment a checkpoint is without its own.
+    Each is written under another name, flushed to the disk and renamed, the checksum first. Until the file follows,
+    the checksum's second line is that of the old file, so that at every moment one of the lines is right.
 
     Args:
         path: of the file.
@@ -51,7 +51,7 @@ def replace(path: Path, make: Callable[[Path], str]) -> None:
         line = f"{make(partial)}  {path.name}\n".encode()
         write_whole(beside, line + before)
         partial.replace(path)
-        partial.unlink(missing_ok=True)  # between two names of one file a rename does nothing
+        partial.unlink(missing_ok=True)  # a rename does nothing if both names are of one file
     except (OSError, RuntimeError):
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -60,7 +60,7 @@ def replace(path: Path, make: Callable[[Path], str]) -> None:
             else:
                 beside.unlink()
         raise
-    # it is saved: both lines of the checksum would do, and not all folders can sync
+    # the file is saved; that the checksum keeps two lines, or a folder cannot sync, does no harm
     with contextlib.suppress(OSError):
         if before:
             write_whole(beside, line)
@@ -87,7 +87,7 @@ def is_damaged(path: Path) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    """Of what is in the file."""
+    """Of a file's content."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -96,7 +96,7 @@ def _sha256(path: Path) -> str:
 
 
 def _stated(path: Path) -> list[str]:
-    """What the checksum beside a file says it is; two while it is replaced, none where there is no checksum."""
+    """The SHA-256 that the checksum beside a file states: two while the file is replaced, none without a checksum."""
     beside = checksum_of(path)
     lines = beside.read_text(errors="replace").splitlines() if beside.is_file() else []
     return [line.split(" ")[0] for line in lines]

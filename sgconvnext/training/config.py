@@ -44,15 +44,15 @@ class ModelConfig:
 
     name: str = knob("sgconvnext_tiny", "timm model name")
     num_classes: int | None = knob(
-        None, "null: as many as the data has; needed for datasets that cannot tell", AT_LEAST_1
+        None, "outputs; null: as many as the data has classes; needed where the data cannot tell", AT_LEAST_1
     )
     img_size: int | tuple[int, int] | None = knob(
         None,
-        "pixels that a model tied to a size is built for, if it is one; null: data.img_size",
+        "pixels for which a model that is tied to a size is built; null: data.img_size",
         Limits(lambda value: smallest(value) >= 1, "at least 1"),
     )
     drop_path: float | None = knob(
-        None, "stochastic depth of the last block, from 0 up; null: the model's own", BELOW_1
+        None, "stochastic depth, from 0 in the first block to this in the last; null: the model's own", BELOW_1
     )
     drop: float | None = knob(None, "dropout before the classifier; null: the model's own", BELOW_1)
     checkpoint: str = knob(
@@ -80,7 +80,7 @@ class DataConfig:
     train_split: str = knob(
         "train", "folder or tar file under data.root, or the dataset's own name of the split", path=True
     )
-    val_split: str = knob("val", "the same for validation", path=True)
+    val_split: str = knob("val", "likewise, for validation", path=True)
     train_samples: int | None = knob(
         None, "images per epoch, for datasets that cannot tell (wds, synthetic)", AT_LEAST_1
     )
@@ -94,11 +94,13 @@ class DataConfig:
     crop_pct: float = knob(
         0.875, "evaluation: the image is resized to img_size / crop_pct, then cropped", between(0.1, 1)
     )
-    crop_mode: Literal["center", "squash", "border"] = knob("center", "evaluation: squash resizes both sides")
+    crop_mode: Literal["center", "squash", "border"] = knob(
+        "center", "evaluation; squash resizes both sides and crops nothing"
+    )
     interpolation: Literal["bicubic", "bilinear", "nearest"] = knob("bicubic", "of every resize")
     mean: tuple[float, float, float] = knob(IMAGENET_MEAN, "subtracted from the channels, which are in 0..1", ANY)
     std: tuple[float, float, float] = knob(
-        IMAGENET_STD, "divides them", Limits(lambda value: min(value) > 0, "positive")
+        IMAGENET_STD, "divides the channels, after mean", Limits(lambda value: min(value) > 0, "positive")
     )
     upright: bool = knob(False, "turn images as their EXIF orientation says; ConvNeXt, timm and torchvision do not")
     max_unreadable: float = knob(
@@ -143,15 +145,17 @@ class OptimConfig:
     """AdamW and its schedule."""
 
     global_batch: int = knob(
-        256, "images per update over all devices; lr belongs to it and is never rescaled", AT_LEAST_1, order="always"
+        256, "images per update over all devices; lr is never rescaled with it", AT_LEAST_1, order="always"
     )
     batch_per_device: int = knob(
         256, "images per forward; the accumulation steps follow from both", AT_LEAST_1, order="shards"
     )
     lr: float = knob(1e-3, "peak learning rate", POSITIVE)
     min_lr: float = knob(1e-6, "learning rate at the end of the cosine", SEE_PAIRS)
-    warmup_epochs: int = knob(0, "linear from 0 to lr, both ends included, counted inside epochs", SEE_PAIRS)
-    weight_decay: float = knob(0.05, "not on biases and other one-dimensional parameters", AT_LEAST_0)
+    warmup_epochs: int = knob(
+        0, "epochs, out of all, in which the rate rises linearly from 0 to lr, both included", SEE_PAIRS
+    )
+    weight_decay: float = knob(0.05, "of all but biases and other one-dimensional parameters", AT_LEAST_0)
     betas: tuple[float, float] = knob(
         (0.9, 0.999),
         "AdamW's averages",
@@ -170,7 +174,7 @@ class OptimConfig:
 class EmaConfig:
     """Exponential moving average of the weights, evaluated beside them."""
 
-    decay: float = knob(0.0, "per update; 0: no average is kept", BELOW_1)
+    decay: float = knob(0.0, "share of the average that an update keeps; 0: no average", BELOW_1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -182,7 +186,7 @@ class RunConfig:
     )
     precision: Literal["fp32", "bf16", "fp16"] = knob("fp32", "autocast dtype; fp16 scales the loss")
     tf32: bool = knob(False, "let CUDA round the inputs of float32 products to TF32")
-    cudnn_benchmark: bool = knob(True, "let cuDNN time its kernels", resume="free")
+    cudnn_benchmark: bool = knob(True, "let cuDNN time its programs and take the fastest", resume="free")
     max_skips: int = knob(
         20, "fp16: updates in a row that the loss scaler may skip before the run stops", AT_LEAST_0, resume="free"
     )
@@ -195,11 +199,11 @@ class SaveConfig:
 
     every: int | None = knob(
         None,
-        "also every so many updates within an epoch; null: at its end only",
+        "updates between two checkpoints within an epoch; null: only at its end",
         Limits(lambda value: value >= 1, "at least 1, or null"),
         resume="free",
     )
-    keep: int = knob(3, "the newest so many stay, beside the best", AT_LEAST_1, resume="free")
+    keep: int = knob(3, "how many of the newest checkpoints stay, beside the best", AT_LEAST_1, resume="free")
     max_failures: int = knob(
         5, "failures to save in a row, as on a full disk, before the run stops", AT_LEAST_1, resume="free"
     )
@@ -247,7 +251,7 @@ class Config:
     watch: WatchConfig = field(default_factory=WatchConfig)
 
 
-# Every knob by its name, as in optim.lr
+# every knob by its name, as in optim.lr
 KNOBS: dict[str, Knob] = {
     prefix + item.name: item.metadata["knob"]
     for prefix, cls in [("", Config), *((f"{section.name}.", section.type) for section in sections(Config))]

@@ -29,8 +29,8 @@ from .signals import STOPPING, settle_worker
 
 # timm's and torchvision's own names of a split; with any other name torchvision would quietly take the test images
 TRAIN_NAMES = ("train", "training")
-QUIET_S = 0.1
-FOLDERS = ("", "torch/folder", "torch/image_folder")  # of class folders; the latter two number them as torchvision
+QUIET_S = 0.1  # see `_Loader`
+FOLDERS = ("", "torch/folder", "torch/image_folder")  # all of class folders; the last two in torchvision's order
 VAL_NAMES = ("val", "valid", "validation", "eval", "evaluation", "test")
 
 
@@ -84,7 +84,7 @@ def create_splits(config: Config, world: World) -> tuple[Split, Split, int]:
     """Training and validation images, and the number of classes; every process must find the same.
 
     Raises:
-        ValueError: on every process, the first that any of them has; or that they differ.
+        ValueError: on every process, if one of them cannot open a split, or sees another than the rest.
     """
 
     if config.data.download and world.size > 1:
@@ -100,7 +100,7 @@ def create_splits(config: Config, world: World) -> tuple[Split, Split, int]:
 
 
 def agree(world: World, **splits: Split) -> None:
-    """Refuse splits, by their names in the configuration, that are not the same to every process."""
+    """Refuse splits that the processes see differently; the keywords are their names in the configuration."""
     if world.size == 1:
         return  # to read through a million names takes a second
     seen = {
@@ -141,22 +141,7 @@ def _open(config: Config, train: bool) -> Any:
         size = (data.img_size, data.img_size) if isinstance(data.img_size, int) else data.img_size
         samples = samples or config.optim.global_batch
         return FakeData(samples, (3, *size), config.model.num_classes or 1000, random_offset=0 if train else 2**30)
-    prefix = data.dataset.partition("/")[0]
-    root = data.root
-    if data.dataset in FOLDERS:
-        root = str(_existing(data, split, knob))
-    elif prefix in ("torch", "hfds", "wds"):
-        names = TRAIN_NAMES if train else VAL_NAMES
-        if prefix == "torch" and split not in names:
-            raise ValueError(f"data.{knob}={split!r} is no split of {data.dataset}; use {names[0]!r}")
-        there = Path(root).is_dir() or "://" in root or (prefix == "torch" and data.download)
-        if prefix != "hfds" and (not root or not there):
-            raise ValueError(f"data.root={root!r} is no folder; name the one that holds {data.dataset}")
-    else:
-        raise ValueError(
-            f"data.dataset={data.dataset!r} is unknown; use '' for image folders, torch/..., hfds/..., wds/..., "
-            "digits or synthetic"
-        )
+    root = str(_existing(data, split, knob)) if data.dataset in FOLDERS else _named(data, split, knob)
     try:
         if data.dataset in FOLDERS:
             return ImageDataset(root, reader=_class_folders(root, data.dataset))
@@ -165,7 +150,7 @@ def _open(config: Config, train: bool) -> Any:
             root=root or None,
             split=split,
             search_split=False,
-            is_training=train and prefix != "wds",  # only its shards and labels are timm's, see Shards
+            is_training=train and not data.dataset.startswith("wds/"),  # Shards reads these, not timm
             download=data.download,
             batch_size=config.optim.batch_per_device,
             num_samples=samples,
@@ -183,6 +168,22 @@ def _open(config: Config, train: bool) -> Any:
         ) from error
 
 
+def _named(data: DataConfig, split: str, knob: str) -> str:
+    """data.root of a dataset of torchvision, of the Hugging Face hub or in shards; refused if it cannot be right."""
+    kind, names = data.dataset.partition("/")[0], TRAIN_NAMES if knob == "train_split" else VAL_NAMES
+    if kind not in ("torch", "hfds", "wds"):
+        raise ValueError(
+            f"data.dataset={data.dataset!r} is unknown; use '' for image folders, torch/..., hfds/..., wds/..., "
+            "digits or synthetic"
+        )
+    if kind == "torch" and split not in names:
+        raise ValueError(f"data.{knob}={split!r} is no split of {data.dataset}; use {names[0]!r}")
+    there = Path(data.root).is_dir() or "://" in data.root or (kind == "torch" and data.download)
+    if kind != "hfds" and (not data.root or not there):
+        raise ValueError(f"data.root={data.root!r} is no folder; name the one that holds {data.dataset}")
+    return data.root
+
+
 def _class_folders(root: str, dataset: str) -> FolderReader | TarReader:
     if Path(root).is_dir():
         return FolderReader(root, plain=dataset != "")
@@ -192,7 +193,7 @@ def _class_folders(root: str, dataset: str) -> FolderReader | TarReader:
 
 
 def _existing(data: DataConfig, split: str, knob: str) -> Path:
-    """root/split, which must exist: timm would look for synonyms and then take the root itself."""
+    """The folder root/split, which must exist: else timm would try synonyms, and then take the root itself."""
     root = Path(data.root)
     if not data.root or not root.is_dir():
         raise ValueError(f"data.root={data.root!r} is no folder; name the one that holds {split!r}")
@@ -223,7 +224,7 @@ def num_classes(train: Split, val: Split, wanted: int | None) -> int:
 
 
 def class_names(class_to_idx: dict[str, int]) -> list[str]:
-    """The classes' names by their numbers; of several names of one, as torchvision's ImageNet has, all with commas."""
+    """The names of the classes, by number. If a class has several, as in torchvision's ImageNet, commas join them."""
     names: list[list[str]] = [[] for _ in range(max(class_to_idx.values(), default=-1) + 1)]
     for name, number in class_to_idx.items():
         names[number].append(str(name))
@@ -236,15 +237,12 @@ def train_transform(data: DataConfig, augment: AugmentConfig) -> Any:
         return create_transform(
             data.img_size,
             is_training=True,
-            use_prefetcher=False,  # timm's prefetcher mixes before it erases, and in 8 bits
             scale=augment.scale,
             ratio=augment.ratio,
             hflip=augment.hflip,
             color_jitter=augment.color_jitter or None,
             auto_augment=augment.auto_augment or None,
-            interpolation=data.interpolation,
-            mean=data.mean,
-            std=data.std,
+            **_shared_options(data),
             re_prob=augment.reprob,
             re_mode=augment.remode,
             re_count=augment.recount,
@@ -258,13 +256,15 @@ def eval_transform(data: DataConfig) -> Any:
     return create_transform(
         data.img_size,
         is_training=False,
-        use_prefetcher=False,
-        interpolation=data.interpolation,
-        mean=data.mean,
-        std=data.std,
+        **_shared_options(data),
         crop_pct=data.crop_pct,
         crop_mode=data.crop_mode,
     )
+
+
+def _shared_options(data: DataConfig) -> dict[str, Any]:
+    """timm's prefetcher is off: it mixes before it erases, and in 8 bits."""
+    return {"interpolation": data.interpolation, "mean": data.mean, "std": data.std, "use_prefetcher": False}
 
 
 def create_mixup(augment: AugmentConfig, classes: int) -> Mixup | None:
@@ -283,7 +283,7 @@ def create_mixup(augment: AugmentConfig, classes: int) -> Mixup | None:
 
 
 class _Order(DistributedSampler[Any]):
-    """torch's order of an epoch, the images that do not fill all processes left out, from the ``start``-th on."""
+    """torch's order of an epoch from image ``start`` on; the last images, too few for all processes, are left out."""
 
     start = 0
 
@@ -294,15 +294,15 @@ class _Order(DistributedSampler[Any]):
 class _Loader(DataLoader[Any]):
     """A loader whose workers are forked while gloo's threads rest.
 
-    Right after a collective they attach to Python for an instant; a fork at that instant hangs the child for ever on
-    Python 3.11 (it waits in PyOS_AfterFork_Child for a lock whose holder was not forked). Seen once in some hundred
-    forks; waiting gives them time to finish.
+    Right after a collective operation these threads attach to Python for an instant. A fork at that instant hangs the
+    child for ever on Python 3.11: it waits in PyOS_AfterFork_Child for a lock whose holder was not forked. This was
+    seen once in some hundred forks. A short wait gives the threads time to finish.
     """
 
     def __iter__(self) -> Any:
         if self.num_workers and dist.is_initialized():
             time.sleep(QUIET_S)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until a worker has left the process group
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # in the workers until `settle_worker`
         try:
             return super().__iter__()
         finally:
@@ -327,9 +327,9 @@ class TrainLoader:
         )
 
     def epoch(self, number: int, skip: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch but for the first ``skip``, which are not loaded.
+        """The batches of an epoch without the first ``skip``, which are not loaded.
 
-        They depend on the seed, the number, and for shards on the workers; not on what was drawn or loaded before.
+        Batches depend on the seed, the epoch, and for shards on the workers; not on what was drawn or loaded before.
         """
         if isinstance(self.dataset, Images):
             assert self.order is not None

@@ -96,18 +96,18 @@ class World:
 def launched() -> bool:
     """Whether a launcher such as torchrun started this process as one of several, or says that it did.
 
-    RANK decides, which torch needs. Without it a LOCAL_RANK or LOCAL_WORLD_SIZE is left over from something else.
+    RANK decides, because torch needs it. A LOCAL_RANK or LOCAL_WORLD_SIZE alone is left over from something else.
     """
     return "RANK" in os.environ
 
 
 def local(name: str, alone: int) -> int:
-    """LOCAL_RANK or LOCAL_WORLD_SIZE; ``alone`` is that of a process which no launcher started."""
+    """LOCAL_RANK or LOCAL_WORLD_SIZE; ``alone`` where no launcher started this process."""
     return int(os.environ.get(name, alone)) if launched() else alone
 
 
 def _check_environment() -> None:
-    """Half an environment would end in a message of torch's, or in all processes on one GPU.
+    """Refuse half an environment, which would end in a message of torch's, or in all processes on one GPU.
 
     Raises:
         ValueError: naming the variables.

@@ -56,7 +56,7 @@ class Training:
     stop: StopRequest = field(default_factory=StopRequest)
 
     def evaluated(self) -> dict[str, nn.Module]:
-        """What is evaluated after an epoch: the model, and the EMA if there is one; by the first word of their metrics."""
+        """What is evaluated after an epoch, by the first word of its metrics: the model, and the EMA if it is kept."""
         return {"val": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
 
 
@@ -71,9 +71,9 @@ class Progress:
     skipped: int = 0  # updates that the loss scaler left out
     skipped_in_a_row: int = 0
     unreadable: int = 0  # images
-    loss: float = math.nan  # of the last update, to be logged, and its gradient's norm
-    grad_norm: float = math.nan
-    wait_s: float = 0.0  # for data, of this process since it began
+    loss: float = math.nan  # of the last update, for the log
+    grad_norm: float = math.nan  # likewise
+    wait_s: float = 0.0  # that this process has waited for data since it began the epoch
 
     def position(self) -> str:
         """In words."""
@@ -149,7 +149,7 @@ def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: 
         t.scaler.step(t.optimizer)
     t.scaler.update()
     t.optimizer.zero_grad(set_to_none=True)
-    for module in t.model.modules():  # or every process would average, evaluate and save running means of its own
+    for module in t.model.modules():  # else every process would evaluate and save running means of its own
         if isinstance(module, BATCH_NORM):
             for buffer in module.buffers():
                 t.world.spread(buffer)
@@ -179,7 +179,7 @@ def _agree(t: Training, progress: Progress, own_loss: float, used: list[Batch]) 
 
 
 def share_stop(world: World, stop: StopRequest, values: list[float]) -> list[float]:
-    """Sums over the processes, which with the same message hear of a signal that any of them has received."""
+    """The values summed over the processes; the same message tells each process of a signal that any has received."""
     received = [float(stop.received == number) for number in STOPPING]
     summed = world.sum(torch.tensor([*values, *received], dtype=torch.float64)).tolist()
     stop.agreed = next((number for number, count in zip(STOPPING, summed[len(values) :], strict=True) if count), 0)
@@ -202,7 +202,7 @@ def _explain(
         "culprit": culprit or first_gradient(t.model) or "the gradient's norm",
         "places": torch.cat([batch.places for batch in used]).tolist(),
     }
-    ranks = t.world.gather(own)  # one whose loss was finite got its gradient from the others
+    ranks = t.world.gather(own)  # where a rank's loss is finite, its gradient came from the others
     ranks = [rank for rank in ranks if not math.isfinite(rank["loss"])] or ranks
     first = ranks[0]
     where = f"epoch {progress.epoch}, update {progress.update + 1}, rank {first['rank']}"
@@ -219,8 +219,8 @@ def evaluate(
 ) -> dict[str, float] | None:
     """top1 and top5 in percent, mean cross-entropy and count over all processes, each image counted once.
 
-    With fewer than five classes top5 is 100. Images that cannot be read are left out of all of them and counted as
-    ``unreadable``. Every process gets the same result; None where one of them was asked to stop.
+    With fewer than five classes top5 is 100. Images that cannot be read are left out, and counted as ``unreadable``.
+    Every process gets the same result; None if one of them was asked to stop.
 
     Raises:
         TooManyUnreadableError: more than data.max_unreadable of the images cannot be read.

@@ -17,8 +17,8 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar, TarState
 
 from ..errors import shortened
 
-# The pictures that Pillow reads by itself, whichever version is here: what is a sample must not depend on it. Left out
-# are drawings and documents (.svg, .eps, .psd), scientific arrays, icons and films.
+# The pictures that Pillow reads by itself. What is a sample must not depend on the version of Pillow. Left out are
+# drawings and documents (.svg, .eps, .psd), scientific arrays, icons and films.
 SUFFIXES = frozenset(
     {
         *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf"),
@@ -103,8 +103,8 @@ def natural(name: str) -> list[Any]:
 def numbered(labels: list[str], plain: bool = False) -> dict[str, int]:
     """Classes by name, in timm's order, or in torchvision's where ``plain``.
 
-    Where timm's is none, for names that differ only in capitals or leading zeros, that of their characters decides:
-    timm sorts a set, so that there the order was the one of Python's hashes, another in every process.
+    Names that differ only in capitals or leading zeros are equal in timm's order; here their characters decide. timm
+    sorts a set, so that its order of such names is the one of Python's hashes, another in every process.
     """
     names = sorted(set(labels)) if plain else sorted(set(labels), key=lambda name: (natural(name), name))
     return {name: number for number, name in enumerate(names)}
@@ -251,7 +251,7 @@ def _followed(link: tarfile.TarInfo, files: dict[str, tarfile.TarInfo]) -> tarfi
 
 
 def refuse_rest(tar: tarfile.TarFile) -> None:
-    """See that a tar file that was read through ends where tarfile says, which takes a broken header for the end.
+    """Refuse a tar file that goes on where tarfile has found its end: tarfile takes a broken header for the end.
 
     Raises:
         tarfile.ReadError: it has no end mark, or more behind it, as when tar files are joined by cat.

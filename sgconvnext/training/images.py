@@ -19,12 +19,12 @@ from . import rng
 _logger = logging.getLogger(__name__)
 
 UNREADABLE = 1
-# what Sample.fault and Batch.faults count; all but the unreadable ones are decoded
+# what the numbers in Sample.fault and Batch.faults mean; all but unreadable images are decoded
 FAULTS = (
     *("", "unreadable", "CMYK", "palette", "16-bit", "EXIF-rotated", "very large", "32-bit float"),
     "possibly turned (its EXIF cannot be decoded)",
 )
-NEARLY_BLACK = 16  # of 255: what 12 bits come to in a file of 16, and floats of 0 to 1 with one value above
+NEARLY_BLACK = 16  # of 255: so dark are 12 bits in a file of 16, and floats of 0 to 1 with one value above 1
 MAX_ASPECT = 200  # to resize the short side of a longer strip to a crop would take gigabytes
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright, 2 to 8 are turned or mirrored
 TURNS = {  # what makes them upright
@@ -37,8 +37,16 @@ TURNS = {  # what makes them upright
     8: Transpose.ROTATE_90,
 }
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the latter
-PLAIN = ("1", "L", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")  # Pillow's own way to RGB is right
-ALPHA = {"LA": "RGBA", "RGBA": "RGBA", "P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}  # and the way over here
+# Modes that Pillow itself converts to RGB rightly; others, which are first converted to the mode behind them
+PLAIN = ("1", "L", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+ALPHA = {
+    "LA": "RGBA",
+    "RGBA": "RGBA",
+    "P": "RGBA",
+    "PA": "RGBA",
+    "La": "LA",
+    "RGBa": "RGBA",
+}  # others, and a step
 
 
 class Sample(NamedTuple):
@@ -153,7 +161,7 @@ def unreadable(target: int, place: int, error: Exception) -> Sample:
 def decode(image: Image.Image, upright: bool = False) -> tuple[Image.Image, int]:
     """An opened image as 8-bit RGB, and what was unusual about it, as an index into FAULTS.
 
-    As timm and torchvision, alpha is dropped and EXIF's orientation ignored, but for ``upright``. Unlike them, deep
+    As in timm and torchvision, alpha is dropped and EXIF's orientation ignored, but for ``upright``. Unlike them, deep
     greys are scaled to 8 bits: Pillow's own conversion makes them white above 255, and those of 0 to 1 black.
 
     Raises:
@@ -185,7 +193,7 @@ def decode(image: Image.Image, upright: bool = False) -> tuple[Image.Image, int]
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """What EXIF says of it, 1 (upright) where it says nothing, None where it cannot be decoded."""
+    """EXIF's orientation of an image: 1 (upright) where it has none, None where EXIF cannot be decoded."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # Pillow raises half a dozen types; the pixels are none the worse
@@ -193,7 +201,7 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """Without alpha, unless alpha is all there is to see, as in many a drawing of black on nothing."""
+    """The image without alpha; refused if only alpha shows anything, as in many a drawing of black on nothing."""
     *colours, (clear, solid) = np.reshape(image.getextrema(), (-1, 2))
     if clear < solid and all(low == high for low, high in colours):
         raise ValueError("all of its pixels have one colour, only their transparency differs; put it on a background")
@@ -259,6 +267,6 @@ def _places(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
     )
 
 
-# Pillow refuses more than twice MAX_IMAGE_PIXELS as a decompression bomb, and only warns of more than once; those are
-# decoded and counted here, so that the warning would say it again in every worker.
+# Pillow refuses images of more than twice MAX_IMAGE_PIXELS as decompression bombs, and warns of those of more than
+# MAX_IMAGE_PIXELS. The latter are decoded, counted and told here; the warning would repeat it in every worker.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

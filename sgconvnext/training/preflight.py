@@ -1,4 +1,4 @@
-"""What a run will need and do, looked at before its first update; the impossible is refused here, not after a day."""
+"""What a run will do and need, told before its first update; what cannot work is refused here, not after a day."""
 
 import contextlib
 import logging
@@ -112,9 +112,10 @@ def checkpoint_bytes(t: Training) -> int:
 
 
 def disk(out: Path, size: int, keep: int) -> str:
-    """Free space against the checkpoints that a run keeps at a time, and what the disk has in place of links.
+    """Free space beside what the checkpoints of a run need, and what the disk has in place of links.
 
-    They are the newest, the best, and one being written; where last.pth and best.pth are copies, these and one more.
+    A run keeps the newest checkpoints, the best, and one being written. Where last.pth and best.pth are copies, these
+    and one more being written come on top.
 
     Raises:
         ValueError: it does not suffice for them, or files cannot be replaced on it.
@@ -148,7 +149,7 @@ def rehearse(t: Training, shape: tuple[int, int, int]) -> str:
     """Forward and backward of noise, after which model and random numbers are as before; the memory they take.
 
     On CUDA once, with the whole batch of a device, and measured. On the CPU with two and four images, to be quick:
-    what backward keeps for them is drawn out to the batch; weights, gradients, AdamW's averages and the EMA are added.
+    what backward keeps for them is extrapolated to the batch; weights, gradients, AdamW's averages and EMA are added.
 
     Args:
         t: the run's model, loss and optimiser.
@@ -206,7 +207,7 @@ def _forward_backward(t: Training, size: int, shape: tuple[int, int, int]) -> in
 
 
 def too_much(t: Training, memory: str) -> str:
-    """That the batch does not fit, and the cure."""
+    """The message that the batch does not fit, with the cure."""
     return (
         f"optim.batch_per_device={t.config.optim.batch_per_device} does not fit into {memory}; lower it (accumulation "
         "makes up for it), or set model.grad_checkpointing=true"

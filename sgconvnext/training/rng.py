@@ -10,8 +10,8 @@ import torch
 
 
 def seed(number: int, rank: int, epoch: int | None = None) -> None:
-    """Seed Python, numpy and torch: by seed + rank for the weights, as ConvNeXt; each epoch has its own stream."""
-    drawn = (number + rank) % 2**32 if epoch is None else _mix(number, rank, epoch)  # NumPy takes no larger one
+    """Seed Python, NumPy and torch: by seed + rank for the weights, as ConvNeXt does; each epoch has a stream."""
+    drawn = (number + rank) % 2**32 if epoch is None else _mix(number, rank, epoch)  # NumPy takes no larger seed
     _seed_cpu(drawn)
     torch.manual_seed(drawn)  # CUDA too
 

@@ -116,13 +116,13 @@ def _problem(path: Path) -> str:
 class RunFolder:
     """The checkpoints of one run: ``checkpoint-EPOCHS-UPDATES.pth`` by the epochs finished and the updates since.
 
-    ``last.pth`` and ``best.pth`` are links to two of them, or what the disk has in place of links: hard links or
-    copies, either with a checksum of its own, by which they are known. Only one process of a run may write here.
+    ``last.pth`` and ``best.pth`` are links to two of them. On a disk without symbolic links they are hard links or
+    copies, and have checksums of their own, by which they are known. Only one process of a run may write here.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.owed: Path | None = None  # what best.pth should be, and could not be made
+        self.owed: Path | None = None  # what best.pth should point to, where that has failed so far
 
     @cached_property
     def links(self) -> str:

@@ -24,8 +24,8 @@ from . import rng
 from .image_folders import refuse_rest
 from .images import Sample, TellsFaults, decode, unreadable
 
-# Undecoded samples a worker draws from: 5000 of ImageNet's, of 110 KB, are 0.55 GB and four of its usual shards;
-# decoded they would be five times that.
+# A worker draws from so many undecoded samples. 5000 of ImageNet's, of 110 KB each, take 0.55 GB and come from four of
+# its usual shards; decoded they would take five times as much.
 BUFFER = 5000
 META = re.compile(r"__[^/]*__($|/)")  # files that webdataset passes over
 
@@ -36,7 +36,7 @@ class Shard(NamedTuple):
     name: str  # as the split lists it
     url: str
     length: int  # in samples
-    source: str  # who says so
+    source: str  # of the length, as a message names it
 
 
 class Shards(TellsFaults, IterableDataset[Sample]):
@@ -129,10 +129,10 @@ class Shards(TellsFaults, IterableDataset[Sample]):
             yield sample  # after the block, or the caller would draw from its stream
 
     def _train(self, worker: int, workers: int) -> Iterator[tuple[int, Shard, dict[str, Any]]]:
-        """The rank's batches number role, role + workers, ...: the order in which a loader asks its workers.
+        """The rank's batches number role, role + workers, ...: a loader asks its workers in turn.
 
-        After ``skip`` batches it is another worker's turn, so each takes the role, and with it the range, of the one
-        whose batches it will be asked for. What that one gave is drawn again from the buffer, but not decoded.
+        After ``skip`` batches the loader asks another worker first. So each worker takes over the role, and with it
+        the range, whose batches it will be asked for. Samples of skipped batches are drawn again, but not decoded.
         """
         batches = self.samples // (self.size * self.batch)
         role = (worker + self.skip) % workers
@@ -196,9 +196,9 @@ def _random(*key: object) -> random.Random:
 
 
 def _shards(reader: Any, unread: Counter[str]) -> list[Shard]:
-    """The split's shards and their lengths, from _info.json or, of local files that it does not tell of, counted.
+    """The split's shards with their lengths: from _info.json, or counted in local files that it does not list.
 
-    What is found in the latter and not read is added to ``unread``.
+    Files in counted shards that are not read are added to ``unread``.
     """
     stated: dict[str, int] = {}
     for split in reader.info.get("splits", {}).values():  # by name: a split in braces may be a part of a listed one
