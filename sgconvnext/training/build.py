@@ -101,7 +101,7 @@ def from_spec(spec: str, img_size: tuple[int, int] | None = None) -> nn.Module:
     Raises:
         ValueError: an unknown model, or an argument that it refuses.
     """
-    name, *pairs = re.split(r",(?![^\[(]*[\])])", spec)  # not at commas in brackets
+    name, *pairs = re.split(r",(?![^\[(]*[\])])", spec)  # a comma in brackets does not separate
     arguments: dict[str, Any] = {"img_size": img_size} if img_size and has_input_size(name) else {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
@@ -121,7 +121,7 @@ def _arguments(config: Config, classes: int, start: bool) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "pretrained": start and model.pretrained,
         "num_classes": classes,
-        "drop_rate": model.drop,  # timm passes None on to no model
+        "drop_rate": model.drop,  # where it is None, timm does not pass it on
         "drop_path_rate": model.drop_path,
     }
     clash = sorted({*arguments, "img_size"} & set(model.kwargs))
@@ -136,7 +136,7 @@ def _arguments(config: Config, classes: int, start: bool) -> dict[str, Any]:
 
 @functools.cache
 def has_input_size(name: str) -> bool:
-    """Models built for an image size have timm's set_input_size; looked up on the meta device, without memory."""
+    """Whether a model is built for an image size, and so has timm's set_input_size; a model without memory tells."""
     with torch.device("meta"):
         return timm.is_model(name) and hasattr(from_timm(name, {}), "set_input_size")
 
@@ -180,7 +180,7 @@ def load_trained(
 
 
 def create_criterion(augment: AugmentConfig) -> nn.Module:
-    """Cross-entropy: of mixup's soft targets (smoothed there), of smoothed labels, or plain."""
+    """Cross-entropy: of mixup's soft targets, which are smoothed already, of smoothed labels, or of plain ones."""
     if augment.mixup > 0 or augment.cutmix > 0:
         return SoftTargetCrossEntropy()
     if augment.smoothing > 0:

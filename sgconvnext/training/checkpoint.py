@@ -79,9 +79,10 @@ def _read(path: Path) -> Any:
             with safe_open(path, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dictionary
                 return {"state_dict": tensors, "metadata": file.metadata() or {}}
-        with torch.serialization.safe_globals(HARMLESS), path.open("rb") as opened:  # torch would go by the suffix
+        # opened, because torch would go by the suffix of a path
+        with torch.serialization.safe_globals(HARMLESS), path.open("rb") as opened:
             return torch.load(opened, map_location="cpu", weights_only=True)
-    except Exception as error:  # half a dozen types for a damaged file
+    except Exception as error:  # torch raises half a dozen types for a damaged file
         raise ValueError(f"checkpoint {str(path)!r} cannot be read: {_unreadable(path, error)}") from error
 
 
@@ -94,7 +95,7 @@ def _unreadable(path: Path, error: Exception) -> str:
         code = re.findall(r"(?:GLOBAL|class) '?((?:\w+\.)+\w+)", one_line(error))[:1]
     if not code:
         reason = one_line(error).rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0]
-        return f"it is damaged ({type(error).__name__}: {reason[:200]}); use another"  # without advice to run code
+        return f"it is damaged ({type(error).__name__}: {reason[:200]}); use another"  # without torch's advice
     what = "a whole model" if any(name.startswith(MODELS) for name in code) else "objects"
     return (
         f"it holds {what} ({', '.join(code[:3])}), and making these would run code, which can do anything; where you "
@@ -109,7 +110,7 @@ def _by_name(state: Any, path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(state).__name__}, not weights by name; use another")
     if isinstance(state.get("state_dict"), dict):
         return state
-    if _are_tensors(state.get("model")):  # as in ConvNeXt's own trainer, and many since
+    if _are_tensors(state.get("model")):  # ConvNeXt's own trainer and many others write so
         average = {"state_dict_ema": state["model_ema"]} if state.get("model_ema") else {}
         return (
             {key: state[key] for key in state if key not in ("model", "model_ema")}
@@ -132,7 +133,7 @@ def _are_tensors(value: Any) -> bool:
 
 
 def weights(state: dict[str, Any], ema: bool, path: str | Path) -> dict[str, torch.Tensor]:
-    """The model's or the EMA's weights out of a checkpoint, their keys without what DDP and torch.compile prepend."""
+    """The weights of the model or the EMA in a checkpoint; keys lose the prefixes of DDP and torch.compile."""
     key = "state_dict_ema" if ema else "state_dict"
     if not state.get(key):
         why = "EMA weights; the run that wrote it had ema.decay=0" if ema else "weights in 'state_dict'"

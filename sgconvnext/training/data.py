@@ -63,7 +63,7 @@ class Split:
 
     dataset: Images | Shards
     class_to_idx: dict[str, int] | None
-    num_classes: int | None = None  # where the dataset says it without naming them
+    num_classes: int | None = None  # where the dataset tells it without the names
     unread: Counter[str] = field(default_factory=Counter)  # files that are no image, by suffix
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ def create_splits(config: Config, world: World) -> tuple[Split, Split, int]:
 def agree(world: World, **splits: Split) -> None:
     """Refuse splits that the processes see differently; the keywords are their names in the configuration."""
     if world.size == 1:
-        return  # to read through a million names takes a second
+        return  # hashing a million names takes a second
     seen = {
         f"data.{name}_split: {what}": text for name, split in splits.items() for what, text in split.seen().items()
     }
@@ -157,7 +157,7 @@ def _open(config: Config, train: bool) -> Any:
             seed=config.seed,
         )
         if getattr(source, "loader", None) is default_loader:
-            source.loader = Image.open  # torchvision's would convert deep greys to white or black before `decode`
+            source.loader = Image.open  # torchvision's loader would make deep greys white or black before `decode`
         if isinstance(source, DatasetFolder):
             source.unread = unread_beside(str(source.root), {path for path, _ in source.samples})
         return source
@@ -247,7 +247,7 @@ def train_transform(data: DataConfig, augment: AugmentConfig) -> Any:
             re_mode=augment.remode,
             re_count=augment.recount,
         )
-    except (AssertionError, ValueError, KeyError) as error:  # everything else was checked by the configuration
+    except (AssertionError, ValueError, KeyError) as error:  # all other options were checked by the configuration
         raise ValueError(f"augment.auto_augment={augment.auto_augment!r} is no policy of timm") from error
 
 

@@ -24,7 +24,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Rank 0 alone prints and writes."""
+        """Whether this is rank 0, which alone prints and writes."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -47,9 +47,9 @@ class World:
         return values
 
     def on_each(self, action: Callable[[], Any]) -> Any:
-        """Every process acts, without a message to the others; where one raises a ValueError, all raise the first.
+        """Every process acts by itself; if any raises a ValueError, all raise the ValueError of the lowest rank.
 
-        It names its rank, unless all have the same to say.
+        The message names that rank, unless all processes raise the same message.
         """
         result, problem = None, None
         try:

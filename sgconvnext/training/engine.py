@@ -51,8 +51,8 @@ class Training:
     criterion: nn.Module
     mixup: Mixup | None
     accumulation: int
-    learning_rates: NDArray[np.float64]  # of every update of the run
-    images: Images | Shards  # to train on
+    learning_rates: NDArray[np.float64]  # one for every update of the run
+    images: Images | Shards  # the training split
     stop: StopRequest = field(default_factory=StopRequest)
 
     def evaluated(self) -> dict[str, nn.Module]:
@@ -76,7 +76,7 @@ class Progress:
     wait_s: float = 0.0  # that this process has waited for data since it began the epoch
 
     def position(self) -> str:
-        """In words."""
+        """As in ``3 epochs and 20 updates``."""
         return f"{self.epoch} epochs and {self.update} updates"
 
 
@@ -162,7 +162,7 @@ def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: 
 
 
 def _agree(t: Training, progress: Progress, own_loss: float, used: list[Batch]) -> bool:
-    """Sum over the processes what each of them saw; whether loss and gradient were finite everywhere."""
+    """Sum over the processes what each saw; returns whether loss and gradient were finite on all."""
     finite = math.isfinite(own_loss) and math.isfinite(progress.grad_norm)
     unreadable = sum(int((batch.faults == UNREADABLE).sum()) for batch in used)
     bad, loss, lost = share_stop(t.world, t.stop, [not finite, own_loss, unreadable])
@@ -194,7 +194,7 @@ def _explain(
     if not math.isfinite(own_loss):
         rng.restore(drawn, t.world.device)
         for batch in used:
-            # the bare forward: nothing compiled, so that every module's hook runs
+            # the forward that is not compiled, so that every module's hook runs
             culprit = culprit or first_module(t.model, partial(forward_loss, t, t.model.forward, batch))
     own = {
         "rank": t.world.rank,

@@ -26,7 +26,7 @@ SUFFIXES = frozenset(
         ".webp",
     }
 )
-BLOCK = 512  # bytes; tar's unit, of which two of zeros are its end
+BLOCK = 512  # bytes; a tar file consists of such blocks and ends with two of zeros
 
 Parts = tuple[str, ...]  # of a folder's path below the split
 
@@ -40,11 +40,11 @@ class Listing:
         self.folders: set[Parts] = {()}
 
     def add(self, folder: Parts, path: str, found: Any) -> None:
-        """A file, with what a reader opens it by."""
+        """Add a file, with what a reader needs to open it."""
         self.folders.add(folder)
         name = posixpath.basename(path)
         stem, suffix = os.path.splitext(name)
-        if name.startswith("._"):  # macOS's notes on the file of that name, which are no picture
+        if name.startswith("._"):  # macOS's notes on a picture are no picture
             self.others[folder, "._*"] += 1
         elif suffix.lower() in SUFFIXES:
             self.images.append((folder, path, found))
@@ -56,7 +56,7 @@ class Listing:
         return _by_suffix(self.others)
 
     def labels(self, depth: int = 0) -> list[str]:
-        """Every image's class: the name of the folder that lies so deep below the split, whatever lies deeper.
+        """Every image's class: the name of the folder above it that lies ``depth`` folders below the split.
 
         Raises:
             ValueError: an image lies in no class folder or in a hidden one, or a class folder holds no image.
@@ -158,14 +158,14 @@ def _walk(root: str) -> Listing:
         for name in files:
             path = os.path.join(folder, name)
             lost = os.path.islink(path) and not os.path.exists(path)
-            if lost and os.path.splitext(name)[1].lower() not in SUFFIXES:  # it may have been a folder of images
+            if lost and os.path.splitext(name)[1].lower() not in SUFFIXES:  # which may have been a folder of images
                 raise ValueError(f"the link {path} leads nowhere; mend or remove it")
             found.add(parts, path, path)
     return found
 
 
 def unread_beside(root: str, read: set[str]) -> Counter[str]:
-    """How many files of a folder are not among those that somebody else's list reads, by suffix."""
+    """How many files of a folder, by suffix, are not in another reader's list of files ``read``."""
     found = _walk(root)
     return found.unread() + Counter(
         os.path.splitext(path)[1].lower() for _, path, _ in found.images if path not in read
@@ -198,7 +198,7 @@ class TarReader(ReaderImageInTar):  # type: ignore[misc]
         self.unread = found.unread()
         labels = found.labels(_shared(found))
         self.class_name_to_idx = numbered(labels)
-        # as timm: by path, and between equals those of inner tar files first, then as they lie in the file
+        # timm's order: by path; of equal ones, files in inner tar files first, then as they lie in the file
         order = sorted(range(len(labels)), key=lambda i: found.images[i][2][2] is None)
         order.sort(key=lambda i: natural(found.images[i][1]))
         self.samples = [found.images[i][2] for i in order]

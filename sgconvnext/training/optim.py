@@ -50,7 +50,7 @@ def learning_rates(optim: OptimConfig, epochs: int, updates_per_epoch: int) -> N
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Give every group its learning rate times its ``lr_scale`` (layer decay), the minimum included, as ConvNeXt."""
+    """Give every group the learning rate times its ``lr_scale`` (layer decay); ConvNeXt scales min_lr too."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -69,12 +69,12 @@ def create_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
 
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Take up AdamW's averages, but keep this run's weight decay, betas and layer decay, should they be changed ones.
+    """Take AdamW's averages from a checkpoint, but keep the weight decay, betas and layer decay of this run.
 
     Raises:
         ValueError: the parameters are grouped in another way.
     """
-    taken = {"params", "lr"}  # the rate of the last update; the table gives the next
+    taken = {"params", "lr"}  # lr is set before every update anyway
     own = [{key: value for key, value in group.items() if key not in taken} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)

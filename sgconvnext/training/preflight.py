@@ -96,7 +96,7 @@ def class_counts(dataset: Any, class_to_idx: dict[str, int] | None = None) -> st
 
 
 def unread(**splits: Split) -> list[str]:
-    """One line for every split, by its name in the configuration, that holds files which are not read."""
+    """One line for every split with files that are not read; the keywords are the names of the splits."""
     return [
         f"not read in data.{name}_split, for they are no images by their names: {counted(split.unread)}"
         for name, split in splits.items()
@@ -118,7 +118,7 @@ def disk(out: Path, size: int, keep: int) -> str:
     and one more being written come on top.
 
     Raises:
-        ValueError: it does not suffice for them, or files cannot be replaced on it.
+        ValueError: the space does not suffice, or files cannot be replaced on the disk.
     """
     folder = next(path for path in [out.absolute(), *out.absolute().parents] if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -146,10 +146,10 @@ def _shown(size: int) -> str:
 
 
 def rehearse(t: Training, shape: tuple[int, int, int]) -> str:
-    """Forward and backward of noise, after which model and random numbers are as before; the memory they take.
+    """Run forward and backward on noise, which changes no weight or random number; returns the memory they take.
 
-    On CUDA once, with the whole batch of a device, and measured. On the CPU with two and four images, to be quick:
-    what backward keeps for them is extrapolated to the batch; weights, gradients, AdamW's averages and EMA are added.
+    On CUDA the whole batch of a device runs once, and its memory is measured. On the CPU, to be quick, two and four
+    images run: what backward keeps for them is extrapolated to the batch; weights, gradients and averages are added.
 
     Args:
         t: the run's model, loss and optimiser.
@@ -178,7 +178,7 @@ def rehearse(t: Training, shape: tuple[int, int, int]) -> str:
 
 
 def _forward_backward(t: Training, size: int, shape: tuple[int, int, int]) -> int:
-    """Once, with so many images; the bytes that backward kept besides the parameters."""
+    """Run ``size`` images of noise; returns the bytes that were kept for backward besides the parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in t.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -193,7 +193,7 @@ def _forward_backward(t: Training, size: int, shape: tuple[int, int, int]) -> in
         batch = Batch(torch.randn(size, *shape), zeros, zeros, zeros, [""] * size)
         try:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = forward_loss(t, t.model.forward, batch)  # not compiled: the first update will be
+                loss = forward_loss(t, t.model.forward, batch)  # not compiled, to be quick
             loss.backward()
         except torch.OutOfMemoryError as error:
             name = torch.cuda.get_device_name(t.world.device)

@@ -18,11 +18,11 @@ _logger = logging.getLogger(__name__)
 
 KEYS = {"args", "optimizer", "amp_scaler", "progress", "best", "history", "ranks", "facts"}
 # What each knob says about itself, see `knob`
-FREE = {key for key, facts in KNOBS.items() if facts.resume != "refused"}
-LOCAL = {key for key, facts in KNOBS.items() if facts.resume == "local"}
-# What decides, with the number of updates, how far into an epoch a run is; in shards more does
-ORDER = {"training_images"} | {key for key, facts in KNOBS.items() if facts.order == "always"}
-SHARD_ORDER = {"processes"} | {key for key, facts in KNOBS.items() if facts.order == "shards"}
+FREE = {key for key, each in KNOBS.items() if each.resume != "refused"}
+LOCAL = {key for key, each in KNOBS.items() if each.resume == "local"}
+# With these the number of updates tells how far into an epoch a run is; in shards more are needed
+ORDER = {"training_images"} | {key for key, each in KNOBS.items() if each.order == "always"}
+SHARD_ORDER = {"processes"} | {key for key, each in KNOBS.items() if each.order == "shards"}
 
 
 def find(config: Config, folder: RunFolder) -> Path | None:
@@ -55,12 +55,12 @@ def find(config: Config, folder: RunFolder) -> Path | None:
 
 
 def _same(folder: Path, other: Path) -> bool:
-    """Also where they differ in case, on a disk that does not tell."""
+    """Whether both are one folder, also if they differ in case on a disk that ignores it."""
     return folder.exists() and other.exists() and folder.samefile(other)
 
 
 def facts(processes: int, device: str, training: Any, validation: Any) -> dict[str, Any]:
-    """What belongs to a run's numbers beside its knobs: the machine's, and the images of both datasets."""
+    """What a run's numbers depend on beside its knobs: its processes, their device, and the images of both splits."""
     images = {"training_images": training, "validation_images": validation}
     told = {key: f"{len(dataset)} ({dataset.digest()[:12]})" for key, dataset in images.items()}
     return {"processes": processes, "device": device, **told}
@@ -72,7 +72,7 @@ def shared_knobs(config: Config) -> dict[str, Any]:
 
 
 def refuse_changes(state: dict[str, Any], config: Config, now: dict[str, Any], path: Path) -> None:
-    """A run goes on as it began, to the last bit, but for what allow_change names.
+    """Refuse to go on with other knobs, processes or images, but for what allow_change names.
 
     Args:
         state: the checkpoint.
@@ -119,7 +119,7 @@ def _allowed(text: str, known: list[str]) -> list[str]:
 
 
 def _covers(name: str, key: str) -> bool:
-    """A knob, or the section it is in."""
+    """Whether a name in allow_change is this knob, or its section."""
     return key == name or key.startswith(name + ".")
 
 
@@ -162,13 +162,13 @@ def take_up(run: "Run", path: Path) -> None:
         raise ValueError(f"resume={str(path)!r} was written with other classes; start anew with model.checkpoint")
     checkpoint.load_weights(t.model, checkpoint.weights(state, False, path), path)
     if t.ema is not None:
-        averaged = bool(state.get("state_dict_ema"))  # not where ema.decay was changed from 0
+        averaged = bool(state.get("state_dict_ema"))  # False where ema.decay was 0 before
         checkpoint.load_weights(t.ema.module, checkpoint.weights(state, averaged, path), path)
     optim.load_state(t.optimizer, state["optimizer"])
     if state["amp_scaler"]:
         t.scaler.load_state_dict(state["amp_scaler"])
     run.progress, run.history = engine.Progress(**state["progress"]), state["history"]
-    if path.parent.resolve() == run.folder.path.resolve():  # else the best is another folder's
+    if path.parent.resolve() == run.folder.path.resolve():  # else the best epoch was another folder's
         run.best = state["best"]
     if run.world.size == len(state["ranks"]):
         own = state["ranks"][run.world.rank]

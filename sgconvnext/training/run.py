@@ -117,7 +117,7 @@ class Run:
             self.watch.close()
 
     def updates_done(self) -> int:
-        """Since the first epoch."""
+        """The updates since the run began."""
         return self.progress.epoch * self.updates + self.progress.update
 
     def train_epoch(self) -> dict[str, float]:
@@ -159,7 +159,7 @@ class Run:
         return batches
 
     def watched(self) -> bool:
-        """A person looks on: rank 0 writes to a terminal."""
+        """Whether rank 0 writes to a terminal, where a person looks on."""
         return self.world.is_first and sys.stderr.isatty()
 
     def log(self, bar: "tqdm[Any]", updates: int, seconds: float) -> None:
@@ -211,7 +211,7 @@ class Run:
         while not self.save(best) and self.progress.epoch == self.config.epochs:
             time.sleep(run_folder.RETRY_S)  # no later update will try again
         if self.saver.failures:
-            self.best = before  # of what was saved
+            self.best = before  # this epoch was not saved
         if self.watch:
             self.watch.epoch(metrics)
         shown = " ".join(f"{key} {metrics[key]:.4g}" for key in metrics if key != "epoch")
@@ -219,7 +219,7 @@ class Run:
 
     def save(self, best: bool = False, leaving: bool = False) -> bool:
         """Write a checkpoint of this position, see `Saver.save`."""
-        now = None if self.drawn is None else rng.state(self.world.device)  # None: between two epochs
+        now = None if self.drawn is None else rng.state(self.world.device)  # between two epochs there is nothing
         ranks = self.world.gather({"epoch": self.drawn, "now": now})
         path = self.folder.file(self.progress.epoch, self.progress.update)
         return self.saver.save(path, lambda: resume.state(self, ranks), best, leaving)
@@ -251,13 +251,13 @@ def failing_in_one_line(run: Run) -> Iterator[None]:
         console.fail("train.py", _reported(error, run), code=1)
     except (FloatingPointError, TooManyUnreadableError, OSError) as error:
         console.fail("train.py", error, code=1)
-    except DataError as error:  # out of a loader worker it comes with the worker's traceback before it
+    except DataError as error:  # from a loader worker, its message begins with the worker's traceback
         reason = str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
         console.fail("train.py", DataError(reason), code=1, alone=True)
     except torch.OutOfMemoryError:
         told = preflight.too_much(run.training, f"the memory of {run.world.device}")
         console.fail("train.py", RuntimeError(told), code=1, alone=True)
-    except RuntimeError as error:  # torch has no types for the next two
+    except RuntimeError as error:  # torch has no types of their own for failures of loader workers
         message, last = (str(error).splitlines() or [""])[0], (str(error).splitlines() or [""])[-1]
         if "DataLoader worker (pid" in message:
             cure = "out of memory, or of shared memory in /dev/shm? lower data.workers; resume=auto goes on"

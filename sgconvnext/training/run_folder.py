@@ -43,7 +43,7 @@ def lock(out: Path) -> Iterator[None]:
     finally:
         os.close(folder)
         if made:
-            with contextlib.suppress(OSError):  # it holds a run by now
+            with contextlib.suppress(OSError):  # which fails where the folder holds a run by now
                 out.rmdir()
 
 
@@ -57,16 +57,16 @@ def _lock(folder: int, out: Path) -> None:
 
 
 SYMBOLIC, HARD, COPY = "symbolic links", "hard links", "copies"  # what last.pth and best.pth can be
-TRIED = ".sgconvnext-"  # how the name of a folder begins in which they are tried
-# What disks say that have no such links: exFAT, FAT, some shares and mounted buckets
+TRIED = ".sgconvnext-"  # begins the name of the folder in which links are tried
+# The errors of disks that have no such links: exFAT, FAT, some shares and mounted buckets
 _HAVE_NONE = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK, errno.ELOOP)
 
 
 def kind_of_links(folder: Path) -> str:
-    """SYMBOLIC, HARD or COPY: the first of them that the disk of an existing folder can do. Tried, then removed.
+    """SYMBOLIC, HARD or COPY: the first that the disk of an existing folder can do, found out by trying.
 
     Raises:
-        OSError: it cannot even replace a file by another, or is full.
+        OSError: the disk is full, or cannot even replace a file by another.
     """
     with tempfile.TemporaryDirectory(prefix=TRIED, dir=folder, ignore_cleanup_errors=True) as name:
         file, other = Path(name) / "file", Path(name) / "other"
@@ -97,7 +97,7 @@ def _hard(link: Path, path: Path) -> None:
 def _unless_there_are_none() -> Iterator[None]:
     try:
         yield
-    except NotImplementedError:  # Python's, where the system has no such call
+    except NotImplementedError:  # from Python, where the system has no such call
         pass
     except OSError as error:
         if error.errno not in _HAVE_NONE:
@@ -152,10 +152,10 @@ class RunFolder:
         return tuple(map(int, match.groups())) if match else ()
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that reads well, and what is wrong with those after it.
+        """The newest checkpoint that can be read, and what is wrong with every later one.
 
         Raises:
-            ValueError: there are checkpoints, but not one is good.
+            ValueError: there are checkpoints, but none can be read.
         """
         wrong: list[str] = []
         for path in self.files():
@@ -183,7 +183,7 @@ class RunFolder:
             _logger.warning("old checkpoints in %s cannot be removed: %s", self.path, one_line(error))
 
     def _name(self, link: str, path: Path) -> bool:
-        """Whether the link could be made; the checkpoint is saved all the same, and the next one tries again."""
+        """Make a link and return whether it could be made; if not, the next checkpoint tries again."""
         try:
             self.point(link, path)
         except OSError as error:
@@ -240,12 +240,12 @@ class RunFolder:
             partial.unlink(missing_ok=True)
             _symbolic(partial, path)
             partial.replace(here)
-            checksum_of(here).unlink(missing_ok=True)  # of the stand-in that it was on another disk
+            checksum_of(here).unlink(missing_ok=True)  # left from a disk without symbolic links
         elif here.is_symlink() or self.behind(link) != path or not checksum_of(here).exists():
             checksum.replace(here, stand_in)
 
     def adopt(self) -> None:
-        """Make last.pth and best.pth what they are on this disk, where a folder from another disk has copies."""
+        """Turn last.pth and best.pth into links, if the folder comes from another disk and holds copies."""
         for name in ("last.pth", "best.pth"):
             stands = (self.path / name).is_file() and not (self.path / name).is_symlink()
             if stands and (self.links == SYMBOLIC or not checksum_of(self.path / name).exists()):
@@ -267,7 +267,7 @@ class RunFolder:
             self.point("best.pth", file)
 
     def set_aside(self, after: tuple[int, int]) -> list[Path]:
-        """Rename every checkpoint of a later position to ``*.aside``: damaged, or of a run that went another way."""
+        """Rename every checkpoint of a later position to ``*.aside``: it is damaged, or this run leaves its path."""
         renamed = []
         for path in [path for path in self.files() if self.position(path) > after]:
             free = path.with_name(path.name + ".aside")
@@ -278,7 +278,7 @@ class RunFolder:
             if checksum_of(path).exists():
                 write_whole(checksum_of(free), checksum_of(path).read_text().replace(path.name, free.name).encode())
                 checksum_of(path).unlink()
-            if was_best:  # what is no symbolic link goes on to be what it is
+            if was_best:  # a symbolic link is lost with its target's name, a hard link or copy is not
                 self.point("best.pth", free)
             renamed.append(free)
         if renamed and self.files():
@@ -300,7 +300,7 @@ class Saver:
     def __init__(self, folder: RunFolder, world: World, knobs: SaveConfig) -> None:
         self.folder, self.world, self.knobs = folder, world, knobs
         self.saved: Path | None = None  # the last good checkpoint
-        self.failures, self.failed = 0, 0.0  # in a row, and when the last was
+        self.failures, self.failed = 0, 0.0  # failures in a row, and the time of the last
 
     def save(self, path: Path, state: Callable[[], dict[str, Any]], best: bool, leaving: bool) -> bool:
         """Write a checkpoint; whether that went well. To be called by every process.
@@ -327,7 +327,7 @@ class Saver:
         return True
 
     def is_due_again(self) -> bool:
-        """Whether the last attempt failed, long enough ago."""
+        """Whether the last attempt to save failed, and RETRY_S have passed."""
         return self.failures > 0 and time.perf_counter() - self.failed > RETRY_S
 
     def last(self) -> str:

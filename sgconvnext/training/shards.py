@@ -27,7 +27,7 @@ from .images import Sample, TellsFaults, decode, unreadable
 # A worker draws from so many undecoded samples. 5000 of ImageNet's, of 110 KB each, take 0.55 GB and come from four of
 # its usual shards; decoded they would take five times as much.
 BUFFER = 5000
-META = re.compile(r"__[^/]*__($|/)")  # files that webdataset passes over
+META = re.compile(r"__[^/]*__($|/)")  # names of files that webdataset passes over
 
 
 class Shard(NamedTuple):
@@ -126,7 +126,7 @@ class Shards(TellsFaults, IterableDataset[Sample]):
         for place, shard, raw in self._train(worker, workers) if self.training else self._evaluate(worker, workers):
             with rng.stream(self.seed, self.epoch, place):
                 sample = self._decode(place, shard, raw)
-            yield sample  # after the block, or the caller would draw from its stream
+            yield sample  # outside of the block, or the caller would draw from this stream
 
     def _train(self, worker: int, workers: int) -> Iterator[tuple[int, Shard, dict[str, Any]]]:
         """The rank's batches number role, role + workers, ...: a loader asks its workers in turn.
@@ -192,7 +192,7 @@ class Shards(TellsFaults, IterableDataset[Sample]):
 
 
 def _random(*key: object) -> random.Random:
-    return random.Random(repr(key))  # of a string Python takes the SHA-512, the same in every process
+    return random.Random(repr(key))  # Python seeds with the SHA-512 of a string, the same in every process
 
 
 def _shards(reader: Any, unread: Counter[str]) -> list[Shard]:
@@ -237,7 +237,7 @@ def _count(name: str, url: str, unread: Counter[str]) -> int:
             unread += Counter({"hidden or no suffix": sum(base_plus_ext(file)[0] is None for file in names)})
             refuse_rest(tar)
             return count
-    except Exception as error:  # those of tarfile, of the file system and of gzip, bzip2 and lzma
+    except Exception as error:  # tarfile, the file system, gzip, bzip2 and lzma have types of their own
         raise _broken(name, error) from error
 
 
@@ -260,7 +260,7 @@ def _read_whole(shard: Shard) -> Iterator[dict[str, Any]]:
 
     try:
         yield from wds.tarfile_to_samples()([{"url": shard.url}])
-    except Exception as error:  # those of tarfile, of the file system, and of whatever fetches a remote shard
+    except Exception as error:  # tarfile, the file system and what fetches remote shards have types of their own
         raise _broken(shard.name, error) from error
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP end a run with a checkpoint, a second one ends it at once."""
+"""SIGTERM, SIGINT and SIGHUP end a run with a checkpoint; a second signal ends the run at once."""
 
 import ctypes
 import multiprocessing
@@ -8,7 +8,7 @@ import sys
 import time
 from types import FrameType, TracebackType
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # of a scheduler, of Ctrl-C, of a closed terminal
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # from a scheduler, Ctrl-C, a closed terminal
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 ECHO_S = 1.0  # within it a repeated signal is no second request: launchers pass on what has come already
 
@@ -45,12 +45,12 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """As in SIGTERM."""
+        """The signal's name, as in ``SIGTERM``."""
         return signal.Signals(self.agreed).name
 
     @property
     def exit_code(self) -> int:
-        """As a shell reports a process that the signal ended."""
+        """The exit code that a shell reports for a process ended by the signal."""
         return 128 + self.agreed
 
 
@@ -70,5 +70,5 @@ def settle_worker(worker: int) -> None:
     follow_parent(signal.SIGKILL)
     for number in STOPPING:  # drops signals to the old group, which were blocked since the fork
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loader's own way to end a worker
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the loader ends a worker
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
