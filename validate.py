@@ -15,10 +15,7 @@ import argparse
 import json
 import logging
 
-import torch
-
-import sgconvnext  # noqa: F401  registers the models with timm
-from sgconvnext import console
+from sgconvnext import console  # sgconvnext registers its models with timm
 from sgconvnext.training import build, checkpoint, data, distributed, engine, preflight
 
 _logger = logging.getLogger("validate")
@@ -32,7 +29,7 @@ def main() -> None:
         root = [] if args.data_root is None else [f"data.root={args.data_root}"]
         config = build.run_config(state, args.checkpoint, [*root, *args.overrides])
         world = distributed.start(config.run.device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
+        engine.set_arithmetic(config.run.tf32)
         val = world.on_each(lambda: data.create_split(config, train=False))
         data.agree(world, val=val)
         trained = data.Split(val.dataset, state.get("class_to_idx"))

@@ -14,7 +14,7 @@ from training_helpers import ROOT, environment, write_config
 from sgconvnext.models.sgconvnext import SIZES
 from sgconvnext.profile import flops
 from sgconvnext.training import checkpoint
-from sgconvnext.training.folders import SUFFIXES
+from sgconvnext.training.image_folders import SUFFIXES
 
 README = (ROOT / "README.md").read_text()
 

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 
 import train
 from sgconvnext.training import build, checkpoint, data, engine, optim
-from sgconvnext.training.config import Config, flatten, from_dict, merge, to_dict
+from sgconvnext.training.config import Config, flatten, from_dict, to_dict
 from sgconvnext.training.distributed import World
 from sgconvnext.training.images import Batch, Sample, TellsFaults, collate_readable
+from sgconvnext.training.typed import merge
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -73,7 +74,7 @@ def micro_model(config: Config) -> torch.nn.Module:
 
 
 def training(config: Config, model: torch.nn.Module | None = None, **parts: Any) -> engine.Training:
-    """What train.py builds for one CPU process; ``parts`` replace its own."""
+    """As `run.create_training` for one CPU process; ``parts`` replace its own."""
     model = micro_model(config) if model is None else deepcopy(model)
     batch = config.optim
     made = {
@@ -82,8 +83,9 @@ def training(config: Config, model: torch.nn.Module | None = None, **parts: Any)
         "ema": ModelEmaV3(model, decay=config.ema.decay) if config.ema.decay else None,
         "criterion": build.create_criterion(config.augment),
         "mixup": data.create_mixup(config.augment, config.model.num_classes or 10),
-        "accumulation": data.accumulation_steps(batch.global_batch, batch.batch_per_device, 1),
+        "accumulation": optim.accumulation_steps(batch.global_batch, batch.batch_per_device, 1),
         "learning_rates": optim.learning_rates(config.optim, config.epochs, 5),
+        "images": Kept(*noise(16)),
     }
     return engine.Training(config=config, world=alone(), model=model, parallel=model, **(made | parts))
 

@@ -181,21 +181,6 @@ class SGConvNeXt(nn.Module):
         update_model_input_size(self, img_size)  # so that what timm saves is built for this size again
 
     @torch.jit.ignore
-    def kernel_table(self, img_size: int | tuple[int, int]) -> list[str]:
-        """Per stage, in words: the tokens of an image of that size, and what its kernels were built with."""
-        rows, stage = [], None  # type: list[str], Any
-        for stage, (height, width) in zip(self.stages, stage_grids(img_size), strict=False):
-            layer = stage.blocks[0].sgconv
-            layer.refuse_reparameterized("tell what its kernels were built with")
-            built = "x".join(map(str, layer.input_size))
-            directions, scales, _, taps = layer.weight.shape
-            rows.append(
-                f"{height * width} tokens ({height}x{width}); kernels for {built} in {directions} directions, "
-                f"{scales} scales of {taps} taps"
-            )
-        return rows
-
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
         return self.head.fc

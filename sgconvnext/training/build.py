@@ -1,4 +1,4 @@
-"""From a configuration to the network and the loss: the network is only a name given to timm."""
+"""The network and the loss that a configuration names; the network is known only by its name in timm."""
 
 import ast
 import difflib
@@ -18,8 +18,8 @@ from .. import fit
 from ..errors import one_line
 from ..files import expand
 from . import checkpoint
-from .config import Augment, Config, from_dict
-from .recorded import recorded
+from .config import AugmentConfig, Config, from_dict
+from .recorded_model import recorded_model
 
 _logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def _started(config: Config, arguments: dict[str, Any]) -> Any:
     """The model with the weights of model.checkpoint, resized where they were trained for another image size."""
     knobs, path, wanted = config.model, config.model.checkpoint, arguments.get("img_size")
     state = checkpoint.load(path)
-    before = recorded(state)
+    before = recorded_model(state)
     built = before.img_size if before and wanted else None
     model: Any = from_timm(knobs.name, arguments | ({"img_size": built} if built else {}), "model.name=")
     if before:
@@ -72,7 +72,7 @@ def _started(config: Config, arguments: dict[str, Any]) -> Any:
 
 
 def _px(size: int | Sequence[int]) -> str:
-    """As a knob takes it."""
+    """An image size as a knob takes it."""
     height, width = to_2tuple(size)
     return f"{height}" if height == width else f"[{height},{width}]"
 
@@ -101,7 +101,7 @@ def from_spec(spec: str, img_size: tuple[int, int] | None = None) -> nn.Module:
     Raises:
         ValueError: an unknown model, or an argument that it refuses.
     """
-    name, *pairs = re.split(r",(?![^\[(]*[\])])", spec)  # not at commas in brackets
+    name, *pairs = re.split(r",(?![^\[(]*[\])])", spec)  # a comma in brackets does not separate
     arguments: dict[str, Any] = {"img_size": img_size} if img_size and has_input_size(name) else {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
@@ -121,7 +121,7 @@ def _arguments(config: Config, classes: int, start: bool) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "pretrained": start and model.pretrained,
         "num_classes": classes,
-        "drop_rate": model.drop,  # timm passes None on to no model
+        "drop_rate": model.drop,  # where it is None, timm does not pass it on
         "drop_path_rate": model.drop_path,
     }
     clash = sorted({*arguments, "img_size"} & set(model.kwargs))
@@ -136,7 +136,7 @@ def _arguments(config: Config, classes: int, start: bool) -> dict[str, Any]:
 
 @functools.cache
 def has_input_size(name: str) -> bool:
-    """Models built for an image size have timm's set_input_size; looked up on the meta device, without memory."""
+    """Whether a model is built for an image size, and so has timm's set_input_size; a model without memory tells."""
     with torch.device("meta"):
         return timm.is_model(name) and hasattr(from_timm(name, {}), "set_input_size")
 
@@ -173,14 +173,14 @@ def load_trained(
     model: nn.Module, config: Config, state: dict[str, Any], found: dict[str, torch.Tensor], path: str
 ) -> None:
     """Load a run's weights into the model that its configuration, with overrides, makes."""
-    before = recorded(state)
+    before = recorded_model(state)
     if before:
         before.refuse_another(model, config.model.name, config.model.kwargs, path)
     checkpoint.load_weights(model, found, path)
 
 
-def create_criterion(augment: Augment) -> nn.Module:
-    """Cross-entropy: of mixup's soft targets (smoothed there), of smoothed labels, or plain."""
+def create_criterion(augment: AugmentConfig) -> nn.Module:
+    """Cross-entropy: of mixup's soft targets, which are smoothed already, of smoothed labels, or of plain ones."""
     if augment.mixup > 0 or augment.cutmix > 0:
         return SoftTargetCrossEntropy()
     if augment.smoothing > 0:

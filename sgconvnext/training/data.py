@@ -20,18 +20,17 @@ from torchvision.datasets import FakeData
 from torchvision.datasets.folder import DatasetFolder, default_loader
 
 from ..errors import one_line, shortened
-from .config import Augment, Config
-from .config import Data as DataConfig
+from .config import AugmentConfig, Config, DataConfig
 from .distributed import World
-from .folders import Folder, Tar, unread_beside
+from .image_folders import FolderReader, TarReader, unread_beside
 from .images import Batch, Images, collate, collate_readable
 from .shards import Shards
 from .signals import STOPPING, settle_worker
 
 # timm's and torchvision's own names of a split; with any other name torchvision would quietly take the test images
 TRAIN_NAMES = ("train", "training")
-QUIET_S = 0.1
-FOLDERS = ("", "torch/folder", "torch/image_folder")  # of class folders; the latter two number them as torchvision
+QUIET_S = 0.1  # see `_Loader`
+FOLDERS = ("", "torch/folder", "torch/image_folder")  # all of class folders; the last two in torchvision's order
 VAL_NAMES = ("val", "valid", "validation", "eval", "evaluation", "test")
 
 
@@ -64,7 +63,7 @@ class Split:
 
     dataset: Images | Shards
     class_to_idx: dict[str, int] | None
-    num_classes: int | None = None  # where the dataset says it without naming them
+    num_classes: int | None = None  # where the dataset tells it without the names
     unread: Counter[str] = field(default_factory=Counter)  # files that are no image, by suffix
 
     def __len__(self) -> int:
@@ -85,8 +84,11 @@ def create_splits(config: Config, world: World) -> tuple[Split, Split, int]:
     """Training and validation images, and the number of classes; every process must find the same.
 
     Raises:
-        ValueError: on every process, the first that any of them has; or that they differ.
+        ValueError: on every process, if one of them cannot open a split, or sees another than the rest.
     """
+
+    if config.data.download and world.size > 1:
+        raise ValueError("data.download=true writes files: download in one process first, then run without it")
 
     def create() -> tuple[Split, Split, int]:
         train, val = create_split(config, train=True), create_split(config, train=False)
@@ -98,9 +100,9 @@ def create_splits(config: Config, world: World) -> tuple[Split, Split, int]:
 
 
 def agree(world: World, **splits: Split) -> None:
-    """Refuse splits, by their names in the configuration, that are not the same to every process."""
+    """Refuse splits that the processes see differently; the keywords are their names in the configuration."""
     if world.size == 1:
-        return  # to read through a million names takes a second
+        return  # hashing a million names takes a second
     seen = {
         f"data.{name}_split: {what}": text for name, split in splits.items() for what, text in split.seen().items()
     }
@@ -139,22 +141,7 @@ def _open(config: Config, train: bool) -> Any:
         size = (data.img_size, data.img_size) if isinstance(data.img_size, int) else data.img_size
         samples = samples or config.optim.global_batch
         return FakeData(samples, (3, *size), config.model.num_classes or 1000, random_offset=0 if train else 2**30)
-    prefix = data.dataset.partition("/")[0]
-    root = data.root
-    if data.dataset in FOLDERS:
-        root = str(_existing(data, split, knob))
-    elif prefix in ("torch", "hfds", "wds"):
-        names = TRAIN_NAMES if train else VAL_NAMES
-        if prefix == "torch" and split not in names:
-            raise ValueError(f"data.{knob}={split!r} is no split of {data.dataset}; use {names[0]!r}")
-        there = Path(root).is_dir() or "://" in root or (prefix == "torch" and data.download)
-        if prefix != "hfds" and (not root or not there):
-            raise ValueError(f"data.root={root!r} is no folder; name the one that holds {data.dataset}")
-    else:
-        raise ValueError(
-            f"data.dataset={data.dataset!r} is unknown; use '' for image folders, torch/..., hfds/..., wds/..., "
-            "digits or synthetic"
-        )
+    root = str(_existing(data, split, knob)) if data.dataset in FOLDERS else _named(data, split, knob)
     try:
         if data.dataset in FOLDERS:
             return ImageDataset(root, reader=_class_folders(root, data.dataset))
@@ -163,14 +150,14 @@ def _open(config: Config, train: bool) -> Any:
             root=root or None,
             split=split,
             search_split=False,
-            is_training=train and prefix != "wds",  # only its shards and labels are timm's, see Shards
+            is_training=train and not data.dataset.startswith("wds/"),  # Shards reads these, not timm
             download=data.download,
             batch_size=config.optim.batch_per_device,
             num_samples=samples,
             seed=config.seed,
         )
         if getattr(source, "loader", None) is default_loader:
-            source.loader = Image.open  # torchvision's would convert deep greys to white or black before `decode`
+            source.loader = Image.open  # torchvision's loader would make deep greys white or black before `decode`
         if isinstance(source, DatasetFolder):
             source.unread = unread_beside(str(source.root), {path for path, _ in source.samples})
         return source
@@ -181,16 +168,32 @@ def _open(config: Config, train: bool) -> Any:
         ) from error
 
 
-def _class_folders(root: str, dataset: str) -> Folder | Tar:
+def _named(data: DataConfig, split: str, knob: str) -> str:
+    """data.root of a dataset of torchvision, of the Hugging Face hub or in shards; refused if it cannot be right."""
+    kind, names = data.dataset.partition("/")[0], TRAIN_NAMES if knob == "train_split" else VAL_NAMES
+    if kind not in ("torch", "hfds", "wds"):
+        raise ValueError(
+            f"data.dataset={data.dataset!r} is unknown; use '' for image folders, torch/..., hfds/..., wds/..., "
+            "digits or synthetic"
+        )
+    if kind == "torch" and split not in names:
+        raise ValueError(f"data.{knob}={split!r} is no split of {data.dataset}; use {names[0]!r}")
+    there = Path(data.root).is_dir() or "://" in data.root or (kind == "torch" and data.download)
+    if kind != "hfds" and (not data.root or not there):
+        raise ValueError(f"data.root={data.root!r} is no folder; name the one that holds {data.dataset}")
+    return data.root
+
+
+def _class_folders(root: str, dataset: str) -> FolderReader | TarReader:
     if Path(root).is_dir():
-        return Folder(root, plain=dataset != "")
+        return FolderReader(root, plain=dataset != "")
     if dataset == "" and root.endswith(".tar"):
-        return Tar(root)
+        return TarReader(root)
     raise ValueError("it is no folder" + (" and no .tar file; unpack it" if dataset == "" else ""))
 
 
 def _existing(data: DataConfig, split: str, knob: str) -> Path:
-    """root/split, which must exist: timm would look for synonyms and then take the root itself."""
+    """The folder root/split, which must exist: else timm would try synonyms, and then take the root itself."""
     root = Path(data.root)
     if not data.root or not root.is_dir():
         raise ValueError(f"data.root={data.root!r} is no folder; name the one that holds {split!r}")
@@ -221,33 +224,30 @@ def num_classes(train: Split, val: Split, wanted: int | None) -> int:
 
 
 def class_names(class_to_idx: dict[str, int]) -> list[str]:
-    """The classes' names by their numbers; of several names of one, as torchvision's ImageNet has, all with commas."""
+    """The names of the classes, by number. If a class has several, as in torchvision's ImageNet, commas join them."""
     names: list[list[str]] = [[] for _ in range(max(class_to_idx.values(), default=-1) + 1)]
     for name, number in class_to_idx.items():
         names[number].append(str(name))
     return [", ".join(each) for each in names]
 
 
-def train_transform(data: DataConfig, augment: Augment) -> Any:
+def train_transform(data: DataConfig, augment: AugmentConfig) -> Any:
     """Random resized crop, flip, RandAugment, normalisation, random erasing: ConvNeXt's order; mixing comes later."""
     try:
         return create_transform(
             data.img_size,
             is_training=True,
-            use_prefetcher=False,  # timm's prefetcher mixes before it erases, and in 8 bits
             scale=augment.scale,
             ratio=augment.ratio,
             hflip=augment.hflip,
             color_jitter=augment.color_jitter or None,
             auto_augment=augment.auto_augment or None,
-            interpolation=data.interpolation,
-            mean=data.mean,
-            std=data.std,
+            **_shared_options(data),
             re_prob=augment.reprob,
             re_mode=augment.remode,
             re_count=augment.recount,
         )
-    except (AssertionError, ValueError, KeyError) as error:  # everything else was checked by the configuration
+    except (AssertionError, ValueError, KeyError) as error:  # all other options were checked by the configuration
         raise ValueError(f"augment.auto_augment={augment.auto_augment!r} is no policy of timm") from error
 
 
@@ -256,16 +256,18 @@ def eval_transform(data: DataConfig) -> Any:
     return create_transform(
         data.img_size,
         is_training=False,
-        use_prefetcher=False,
-        interpolation=data.interpolation,
-        mean=data.mean,
-        std=data.std,
+        **_shared_options(data),
         crop_pct=data.crop_pct,
         crop_mode=data.crop_mode,
     )
 
 
-def create_mixup(augment: Augment, classes: int) -> Mixup | None:
+def _shared_options(data: DataConfig) -> dict[str, Any]:
+    """timm's prefetcher is off: it mixes before it erases, and in 8 bits."""
+    return {"interpolation": data.interpolation, "mean": data.mean, "std": data.std, "use_prefetcher": False}
+
+
+def create_mixup(augment: AugmentConfig, classes: int) -> Mixup | None:
     """Mixup and cutmix over whole batches, on the device, after random erasing; None where both are off."""
     if augment.mixup == 0 and augment.cutmix == 0:
         return None
@@ -281,7 +283,7 @@ def create_mixup(augment: Augment, classes: int) -> Mixup | None:
 
 
 class _Order(DistributedSampler[Any]):
-    """torch's order of an epoch, the images that do not fill all processes left out, from the ``start``-th on."""
+    """torch's order of an epoch from image ``start`` on; the last images, too few for all processes, are left out."""
 
     start = 0
 
@@ -292,15 +294,15 @@ class _Order(DistributedSampler[Any]):
 class _Loader(DataLoader[Any]):
     """A loader whose workers are forked while gloo's threads rest.
 
-    Right after a collective they attach to Python for an instant; a fork at that instant hangs the child for ever on
-    Python 3.11 (it waits in PyOS_AfterFork_Child for a lock whose holder was not forked). Seen once in some hundred
-    forks; waiting gives them time to finish.
+    Right after a collective operation these threads attach to Python for an instant. A fork at that instant hangs the
+    child for ever on Python 3.11: it waits in PyOS_AfterFork_Child for a lock whose holder was not forked. This was
+    seen once in some hundred forks. A short wait gives the threads time to finish.
     """
 
     def __iter__(self) -> Any:
         if self.num_workers and dist.is_initialized():
             time.sleep(QUIET_S)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until a worker has left the process group
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # in the workers until `settle_worker`
         try:
             return super().__iter__()
         finally:
@@ -325,9 +327,9 @@ class TrainLoader:
         )
 
     def epoch(self, number: int, skip: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch but for the first ``skip``, which are not loaded.
+        """The batches of an epoch without the first ``skip``, which are not loaded.
 
-        They depend on the seed, the number, and for shards on the workers; not on what was drawn or loaded before.
+        Batches depend on the seed, the epoch, and for shards on the workers; not on what was drawn or loaded before.
         """
         if isinstance(self.dataset, Images):
             assert self.order is not None
@@ -361,21 +363,3 @@ def _loader_options(config: Config, world: World) -> dict[str, Any]:
         "pin_memory": config.data.pin_memory and world.device.type == "cuda",
         "worker_init_fn": settle_worker,
     }
-
-
-def updates_per_epoch(samples: int, global_batch: int) -> int:
-    """floor(samples / global batch), as ConvNeXt counts: no update with fewer images."""
-    if samples < global_batch:
-        raise ValueError(f"optim.global_batch={global_batch} is more than the {samples} training images; lower it")
-    return samples // global_batch
-
-
-def accumulation_steps(global_batch: int, per_device: int, world_size: int) -> int:
-    """Forwards per update: global batch / (batch per device * devices), which must come out whole."""
-    steps, rest = divmod(global_batch, per_device * world_size)
-    if rest:
-        raise ValueError(
-            f"optim.global_batch={global_batch} is no multiple of optim.batch_per_device={per_device} times "
-            f"{world_size} processes = {per_device * world_size}; change one of them"
-        )
-    return steps

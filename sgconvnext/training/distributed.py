@@ -24,7 +24,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Rank 0 alone prints and writes."""
+        """Whether this is rank 0, which alone prints and writes."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -47,9 +47,9 @@ class World:
         return values
 
     def on_each(self, action: Callable[[], Any]) -> Any:
-        """Every process acts, without a message to the others; where one raises a ValueError, all raise the first.
+        """Every process acts by itself; if any raises a ValueError, all raise the ValueError of the lowest rank.
 
-        It names its rank, unless all have the same to say.
+        The message names that rank, unless all processes raise the same message.
         """
         result, problem = None, None
         try:
@@ -96,18 +96,18 @@ class World:
 def launched() -> bool:
     """Whether a launcher such as torchrun started this process as one of several, or says that it did.
 
-    RANK decides, which torch needs. Without it a LOCAL_RANK or LOCAL_WORLD_SIZE is left over from something else.
+    RANK decides, because torch needs it. A LOCAL_RANK or LOCAL_WORLD_SIZE alone is left over from something else.
     """
     return "RANK" in os.environ
 
 
 def local(name: str, alone: int) -> int:
-    """LOCAL_RANK or LOCAL_WORLD_SIZE; ``alone`` is that of a process which no launcher started."""
+    """LOCAL_RANK or LOCAL_WORLD_SIZE; ``alone`` where no launcher started this process."""
     return int(os.environ.get(name, alone)) if launched() else alone
 
 
 def _check_environment() -> None:
-    """Half an environment would end in a message of torch's, or in all processes on one GPU.
+    """Refuse half an environment, which would end in a message of torch's, or in all processes on one GPU.
 
     Raises:
         ValueError: naming the variables.

@@ -1,4 +1,4 @@
-"""One update, and one exact evaluation."""
+"""One update with its loss, gradient and average of the weights; and one exact evaluation."""
 
 import logging
 import math
@@ -25,15 +25,16 @@ from ..errors import NonFiniteError, TooManyUnreadableError
 from . import rng
 from .config import Config
 from .distributed import World
-from .images import UNREADABLE, Batch
+from .images import UNREADABLE, Batch, Images
 from .nonfinite import first_gradient, first_module
 from .optim import set_learning_rate
+from .shards import Shards
 from .signals import STOPPING, StopRequest
 
 _logger = logging.getLogger(__name__)
 
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,8 +51,13 @@ class Training:
     criterion: nn.Module
     mixup: Mixup | None
     accumulation: int
-    learning_rates: NDArray[np.float64]  # of every update of the run
+    learning_rates: NDArray[np.float64]  # one for every update of the run
+    images: Images | Shards  # the training split
     stop: StopRequest = field(default_factory=StopRequest)
+
+    def evaluated(self) -> dict[str, nn.Module]:
+        """What is evaluated after an epoch, by the first word of its metrics: the model, and the EMA if it is kept."""
+        return {"val": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
 
 
 @dataclass(slots=True)
@@ -65,14 +71,24 @@ class Progress:
     skipped: int = 0  # updates that the loss scaler left out
     skipped_in_a_row: int = 0
     unreadable: int = 0  # images
-    loss: float = math.nan  # of the last update, to be logged, and its gradient's norm
-    grad_norm: float = math.nan
-    wait_s: float = 0.0  # for data, of this process since it began
+    loss: float = math.nan  # of the last update, for the log
+    grad_norm: float = math.nan  # likewise
+    wait_s: float = 0.0  # that this process has waited for data since it began the epoch
+
+    def position(self) -> str:
+        """As in ``3 epochs and 20 updates``."""
+        return f"{self.epoch} epochs and {self.update} updates"
+
+
+def set_arithmetic(tf32: bool, cudnn_benchmark: bool = False) -> None:
+    """How this process computes on CUDA, see the knobs of these names."""
+    torch.backends.cudnn.benchmark = cudnn_benchmark
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
     """Mixed precision as run.precision says; fp32 is no context at all."""
-    dtype = DTYPES[config.run.precision]
+    dtype = PRECISIONS[config.run.precision]
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
@@ -86,25 +102,26 @@ def to_device(batch: Batch, config: Config, device: torch.device) -> tuple[Tenso
 
 
 def forward_loss(t: Training, model: Any, batch: Batch) -> Tensor:
-    """The loss of one forward, as a share of the update's."""
+    """The loss of one batch, mixed where the configuration says so."""
     images, targets = to_device(batch, t.config, t.world.device)
     if t.mixup is not None:
         if images is batch.images:
             images = images.clone()  # timm mixes in place, and a replay needs the batch as it came
         images, targets = t.mixup(images, targets)
     with autocast(t.config, t.world.device):
-        loss: Tensor = t.criterion(model(images), targets) / t.accumulation
+        loss: Tensor = t.criterion(model(images), targets)
     return loss
 
 
-def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: float) -> list[Batch]:
-    """One optimiser step over ``accumulation`` batches; returns them.
+def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: float) -> None:
+    """One step of the optimiser over ``accumulation`` batches, then of the EMA.
 
-    Loss, gradient and a request to stop are agreed on by all processes before the step. Where loss or gradient is not
-    finite, fp16 leaves the step out and scales the loss down, up to run.max_skips times in a row.
+    All processes agree on loss, gradient and a request to stop before the step. Where loss or gradient is not finite,
+    fp16 leaves the step out and scales the loss down, up to run.max_skips times in a row.
 
     Raises:
         NonFiniteError: on every process, before optimiser, EMA and weights are touched.
+        TooManyUnreadableError: on every process, after the step.
     """
     set_learning_rate(t.optimizer, lr)
     drawn = rng.state(t.world.device)
@@ -116,7 +133,7 @@ def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: 
         progress.wait_s += time.perf_counter() - began
         last = micro == t.accumulation - 1
         with nullcontext() if last or not isinstance(t.parallel, DistributedDataParallel) else t.parallel.no_sync():
-            loss = forward_loss(t, t.parallel, used[-1])
+            loss = forward_loss(t, t.parallel, used[-1]) / t.accumulation
             t.scaler.scale(loss).backward()
         total += loss.detach()
     t.scaler.unscale_(t.optimizer)
@@ -132,18 +149,20 @@ def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: 
         t.scaler.step(t.optimizer)
     t.scaler.update()
     t.optimizer.zero_grad(set_to_none=True)
-    for module in t.model.modules():  # or every process would average, evaluate and save running means of its own
+    for module in t.model.modules():  # else every process would evaluate and save running means of its own
         if isinstance(module, BATCH_NORM):
             for buffer in module.buffers():
                 t.world.spread(buffer)
     if t.ema is not None:
         t.ema.update(t.model)
     progress.update += 1
-    return used
+    for batch in used:
+        t.images.tell(batch)
+    check_readable(progress.unreadable, len(t.images), "training", t.config)
 
 
 def _agree(t: Training, progress: Progress, own_loss: float, used: list[Batch]) -> bool:
-    """Sum over the processes what each of them saw; whether loss and gradient were finite everywhere."""
+    """Sum over the processes what each saw; returns whether loss and gradient were finite on all."""
     finite = math.isfinite(own_loss) and math.isfinite(progress.grad_norm)
     unreadable = sum(int((batch.faults == UNREADABLE).sum()) for batch in used)
     bad, loss, lost = share_stop(t.world, t.stop, [not finite, own_loss, unreadable])
@@ -160,7 +179,7 @@ def _agree(t: Training, progress: Progress, own_loss: float, used: list[Batch]) 
 
 
 def share_stop(world: World, stop: StopRequest, values: list[float]) -> list[float]:
-    """Sums over the processes, which with the same message hear of a signal that any of them has received."""
+    """The values summed over the processes; the same message tells each process of a signal that any has received."""
     received = [float(stop.received == number) for number in STOPPING]
     summed = world.sum(torch.tensor([*values, *received], dtype=torch.float64)).tolist()
     stop.agreed = next((number for number, count in zip(STOPPING, summed[len(values) :], strict=True) if count), 0)
@@ -175,7 +194,7 @@ def _explain(
     if not math.isfinite(own_loss):
         rng.restore(drawn, t.world.device)
         for batch in used:
-            # the bare forward: nothing compiled, so that every module's hook runs
+            # the forward that is not compiled, so that every module's hook runs
             culprit = culprit or first_module(t.model, partial(forward_loss, t, t.model.forward, batch))
     own = {
         "rank": t.world.rank,
@@ -183,7 +202,7 @@ def _explain(
         "culprit": culprit or first_gradient(t.model) or "the gradient's norm",
         "places": torch.cat([batch.places for batch in used]).tolist(),
     }
-    ranks = t.world.gather(own)  # one whose loss was finite got its gradient from the others
+    ranks = t.world.gather(own)  # where a rank's loss is finite, its gradient came from the others
     ranks = [rank for rank in ranks if not math.isfinite(rank["loss"])] or ranks
     first = ranks[0]
     where = f"epoch {progress.epoch}, update {progress.update + 1}, rank {first['rank']}"
@@ -200,8 +219,8 @@ def evaluate(
 ) -> dict[str, float] | None:
     """top1 and top5 in percent, mean cross-entropy and count over all processes, each image counted once.
 
-    With fewer than five classes top5 is 100. Images that cannot be read are left out of all of them and counted as
-    ``unreadable``. Every process gets the same result; None where one of them was asked to stop.
+    With fewer than five classes top5 is 100. Images that cannot be read are left out, and counted as ``unreadable``.
+    Every process gets the same result; None if one of them was asked to stop.
 
     Raises:
         TooManyUnreadableError: more than data.max_unreadable of the images cannot be read.

@@ -19,15 +19,15 @@ from . import rng
 _logger = logging.getLogger(__name__)
 
 UNREADABLE = 1
-# what Sample.fault and Batch.faults count; all but the unreadable ones are decoded
+# what the numbers in Sample.fault and Batch.faults mean; all but unreadable images are decoded
 FAULTS = (
     *("", "unreadable", "CMYK", "palette", "16-bit", "EXIF-rotated", "very large", "32-bit float"),
     "possibly turned (its EXIF cannot be decoded)",
 )
-NEARLY_BLACK = 16  # of 255: what 12 bits come to in a file of 16, and floats of 0 to 1 with one value above
+NEARLY_BLACK = 16  # of 255: so dark are 12 bits in a file of 16, and floats of 0 to 1 with one value above 1
 MAX_ASPECT = 200  # to resize the short side of a longer strip to a crop would take gigabytes
-ORIENTATION = 0x0112  # EXIF's tag; 1 is upright, 2 to 8 are turned or mirrored
-TURNS = {  # what makes them upright
+ORIENTATION = 0x0112  # EXIF's tag; its value 1 is upright, 2 to 8 are turned or mirrored
+TURNS = {  # by the tag's value: what turns the image upright
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,
@@ -36,9 +36,10 @@ TURNS = {  # what makes them upright
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the latter
-PLAIN = ("1", "L", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")  # Pillow's own way to RGB is right
-ALPHA = {"LA": "RGBA", "RGBA": "RGBA", "P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}  # and the way over here
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # two tags of TIFF, and a value of the second
+# Modes that Pillow itself converts to RGB rightly; and others, with the mode to which they are converted first
+PLAIN = ("1", "L", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+ALPHA = {"LA": "RGBA", "RGBA": "RGBA", "P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
 
 
 class Sample(NamedTuple):
@@ -153,8 +154,8 @@ def unreadable(target: int, place: int, error: Exception) -> Sample:
 def decode(image: Image.Image, upright: bool = False) -> tuple[Image.Image, int]:
     """An opened image as 8-bit RGB, and what was unusual about it, as an index into FAULTS.
 
-    As timm and torchvision, alpha is dropped and EXIF's orientation ignored, but for ``upright``. Unlike them, deep
-    greys are scaled to 8 bits: Pillow's own conversion makes them white above 255, and those of 0 to 1 black.
+    As in timm and torchvision, alpha is dropped and EXIF's orientation ignored, but for ``upright``. Other than there,
+    deep greys are scaled to 8 bits: Pillow's own conversion makes values above 255 white, and floats of 0 to 1 black.
 
     Raises:
         ValueError: its shape, mode or range of values has no known meaning.
@@ -162,7 +163,7 @@ def decode(image: Image.Image, upright: bool = False) -> tuple[Image.Image, int]
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"it is {image.width} x {image.height} pixels")
     fault = "very large" if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 2**62) else ""
-    image.load()  # before EXIF: Pillow turns TIFF files itself, and looks for PNG's behind the pixels
+    image.load()  # before EXIF is read: Pillow turns TIFF files itself, and finds EXIF of PNG files behind the pixels
     turn = _orientation(image)
     if turn in TURNS:
         fault = "EXIF-rotated"
@@ -185,15 +186,15 @@ def decode(image: Image.Image, upright: bool = False) -> tuple[Image.Image, int]
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """What EXIF says of it, 1 (upright) where it says nothing, None where it cannot be decoded."""
+    """EXIF's orientation of an image: 1 (upright) where it has none, None where EXIF cannot be decoded."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # Pillow raises half a dozen types; the pixels are none the worse
+    except Exception:  # Pillow raises half a dozen types; the pixels are not affected
         return None
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """Without alpha, unless alpha is all there is to see, as in many a drawing of black on nothing."""
+    """The image without alpha; refused if only alpha shows anything, as in many a drawing of black on nothing."""
     *colours, (clear, solid) = np.reshape(image.getextrema(), (-1, 2))
     if clear < solid and all(low == high for low, high in colours):
         raise ValueError("all of its pixels have one colour, only their transparency differs; put it on a background")
@@ -201,14 +202,14 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _greys(image: Image.Image) -> Image.Image:
-    """Deep greys in 8 bits. White is 65535 for integers, as in PNG; for floats it is 1, or 255 if there are larger.
+    """Deep greys in 8 bits. White is 65535 for integers, as in PNG; for floats 1, or 255 if a value is above 1.
 
     Other ranges would have to be guessed.
     """
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})  # of TIFF files
     low, high = values.min(), values.max()
     if image.mode == "F":
-        if not (low >= 0 and high <= 255):  # nor if one of them is not a number
+        if not (low >= 0 and high <= 255):  # False for NaN too
             raise ValueError(f"its greys run from {low:g} to {high:g}; floats are known from 0 to 1 or from 0 to 255")
         greys = np.rint(values * np.float32(255 if high <= 1 else 1)).astype(np.uint8)
     else:
@@ -222,7 +223,7 @@ def _greys(image: Image.Image) -> Image.Image:
 
 
 def collate(samples: list[Sample], name: Callable[[int], str] = str) -> Batch:
-    """A training batch; for an image that could not be read another of the batch stands in, and its class with it.
+    """A training batch; for an image that could not be read another of the batch, with its class, stands in.
 
     Raises:
         DataError: there is no other.
@@ -259,6 +260,6 @@ def _places(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
     )
 
 
-# Pillow refuses more than twice MAX_IMAGE_PIXELS as a decompression bomb, and only warns of more than once; those are
-# decoded and counted here, so that the warning would say it again in every worker.
+# Pillow refuses images of more than twice MAX_IMAGE_PIXELS as decompression bombs, and warns of those of more than
+# MAX_IMAGE_PIXELS. The latter are decoded, counted and told here; the warning would repeat it in every worker.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

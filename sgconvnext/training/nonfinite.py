@@ -1,4 +1,4 @@
-"""Where a loss or gradient first stopped being finite: said before anything is averaged, stepped or saved."""
+"""Where a loss or gradient first stopped being finite."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def first_module(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if found:
                 return
-            if not _finite(inputs):  # of no module's making
+            if not _finite(inputs):  # which no module has made
                 found.append(f"the input of {name}" if finite else "the images")
             elif not _finite(output):
                 found.append(name)
@@ -43,7 +43,7 @@ def first_module(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:
 
 
 def first_gradient(model: nn.Module) -> str | None:
-    """The parameter nearest the output, where backward begins, whose gradient is not finite."""
+    """The parameter nearest the output with a gradient that is not finite: backward begins at the output."""
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and not _finite(parameter.grad):
             return f"the gradient of {name}"

@@ -1,4 +1,4 @@
-"""ConvNeXt's learning-rate table and parameter groups."""
+"""Updates and the batches in them, ConvNeXt's learning rate of each, and ConvNeXt's parameter groups."""
 
 import math
 import re
@@ -12,10 +12,28 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import Optimizer
 
-from .config import Optim
+from .config import OptimConfig
 
 
-def learning_rates(optim: Optim, epochs: int, updates_per_epoch: int) -> NDArray[np.float64]:
+def updates_per_epoch(samples: int, global_batch: int) -> int:
+    """floor(samples / global batch), as ConvNeXt counts: no update with fewer images."""
+    if samples < global_batch:
+        raise ValueError(f"optim.global_batch={global_batch} is more than the {samples} training images; lower it")
+    return samples // global_batch
+
+
+def accumulation_steps(global_batch: int, per_device: int, world_size: int) -> int:
+    """Forwards per update: global batch / (batch per device * devices), which must come out whole."""
+    steps, rest = divmod(global_batch, per_device * world_size)
+    if rest:
+        raise ValueError(
+            f"optim.global_batch={global_batch} is no multiple of optim.batch_per_device={per_device} times "
+            f"{world_size} processes = {per_device * world_size}; change one of them"
+        )
+    return steps
+
+
+def learning_rates(optim: OptimConfig, epochs: int, updates_per_epoch: int) -> NDArray[np.float64]:
     """The learning rate of every update: linear warm-up from 0 to lr, both ends included, then half a cosine.
 
         warm-up update i of w:  lr i / (w - 1)
@@ -32,12 +50,12 @@ def learning_rates(optim: Optim, epochs: int, updates_per_epoch: int) -> NDArray
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Give every group its learning rate times its ``lr_scale`` (layer decay), the minimum included, as ConvNeXt."""
+    """Give every group the learning rate times its ``lr_scale`` (layer decay); ConvNeXt scales min_lr too."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def create_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
+def create_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
     """AdamW over ConvNeXt's parameter groups."""
     return create_optimizer_v2(
         model,
@@ -51,12 +69,12 @@ def create_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
 
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Take up AdamW's averages, but keep this run's weight decay, betas and layer decay, should they be changed ones.
+    """Take AdamW's averages from a checkpoint, but keep the weight decay, betas and layer decay of this run.
 
     Raises:
         ValueError: the parameters are grouped in another way.
     """
-    taken = {"params", "lr"}  # the rate of the last update; the table gives the next
+    taken = {"params", "lr"}  # lr is set before every update anyway
     own = [{key: value for key, value in group.items() if key not in taken} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)

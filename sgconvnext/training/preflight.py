@@ -1,6 +1,7 @@
-"""What a run will need and do, looked at before its first update; the impossible is refused here, not after a day."""
+"""What a run will do and need, told before its first update; what cannot work is refused here, not after a day."""
 
 import contextlib
+import logging
 import os
 import shutil
 from collections import Counter
@@ -9,24 +10,74 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from ..errors import one_line
+from ..errors import one_line, shortened
 from . import distributed, rng
-from .checkpoint import COPY, SYMBOLIC, Folder, links
 from .data import Split, class_names
 from .engine import Training, forward_loss
-from .folders import counted
+from .image_folders import counted
 from .images import Batch, Images
+from .optim import updates_per_epoch
+from .run_folder import COPY, SYMBOLIC, RunFolder, kind_of_links
+
+_logger = logging.getLogger(__name__)
 
 GIB = 2**30
 STAND_INS = ("last.pth", "best.pth")
 
 
+def look_ahead(t: Training, train: Split, val: Split) -> None:
+    """Log what the run will be, and what it needs, before its first update.
+
+    Raises:
+        ValueError: memory or disk will not suffice.
+    """
+    config, world = t.config, t.world
+    size = to_2tuple(config.data.img_size)
+    parameters = sum(p.numel() for p in t.model.parameters()) / 1e6
+    batch = (config.optim.global_batch, config.optim.batch_per_device, world.size, world.device.type)
+    updates = updates_per_epoch(len(train), config.optim.global_batch)
+    memory = rehearse(t, (3, *size))
+    room = disk(Path(config.out), checkpoint_bytes(t), config.save.keep)
+    names = ": " + shortened(class_names(train.class_to_idx)) if train.class_to_idx else ""
+    for line in (
+        f"{config.model.name}: {parameters:.1f}M parameters, {config.model.num_classes} classes{names}",
+        f"{len(train)} training and {len(val)} validation images, " + class_counts(train.dataset, train.class_to_idx),
+        *unread(train=train, val=val),
+        "global batch {} = {} per device x {} {} x {} accumulation; ".format(*batch, t.accumulation)
+        + f"{updates} updates per epoch, {len(t.learning_rates)} in all; {config.run.precision}",
+        f"learning rate: peak {config.optim.lr:.4g} after {config.optim.warmup_epochs * updates} updates of "
+        f"warm-up, {t.learning_rates[-1]:.4g} at the end",
+        *kernels(t.model, size),
+        f"memory: {memory}",
+        f"disk: {room}",
+    ):
+        _logger.info("%s", line)
+
+
 def kernels(model: nn.Module, img_size: int | tuple[int, int]) -> list[str]:
-    """One line per stage of a model with global kernels: tokens at that image size against taps. Others have none."""
-    table = getattr(model, "kernel_table", None)
-    return [] if table is None else [f"stage {i + 1}: {row}" for i, row in enumerate(table(img_size))]
+    """One line for each stage of a model with global kernels: its tokens at that image size, and its taps.
+
+    A block with a global kernel has the layer as ``sgconv``; a model without such blocks gives no line.
+    """
+    height, width = to_2tuple(img_size)
+    layers: dict[str, Any] = {}  # of the first block of each stage
+    for name, module in model.named_modules():
+        if hasattr(module, "sgconv"):
+            layers.setdefault(name.partition(".blocks.")[0], module.sgconv)
+    lines = []
+    for i, layer in enumerate(layers.values()):
+        stride = 4 * 2**i  # ConvNeXt's, from pixels to the tokens of a stage
+        rows, columns = height // stride, width // stride
+        built = "x".join(map(str, layer.input_size))
+        directions, scales, _, taps = layer.weight.shape
+        lines.append(
+            f"stage {i + 1}: {rows * columns} tokens ({rows}x{columns}); kernels for {built} in {directions} "
+            f"directions, {scales} scales of {taps} taps"
+        )
+    return lines
 
 
 def class_counts(dataset: Any, class_to_idx: dict[str, int] | None = None) -> str:
@@ -45,7 +96,7 @@ def class_counts(dataset: Any, class_to_idx: dict[str, int] | None = None) -> st
 
 
 def unread(**splits: Split) -> list[str]:
-    """One line for every split, by its name in the configuration, that holds files which are not read."""
+    """One line for every split with files that are not read; the keywords are the names of the splits."""
     return [
         f"not read in data.{name}_split, for they are no images by their names: {counted(split.unread)}"
         for name, split in splits.items()
@@ -61,23 +112,24 @@ def checkpoint_bytes(t: Training) -> int:
 
 
 def disk(out: Path, size: int, keep: int) -> str:
-    """Free space against the checkpoints that a run keeps at a time, and what the disk has in place of links.
+    """Free space beside what the checkpoints of a run need, and what the disk has in place of links.
 
-    They are the newest, the best, and one being written; where last.pth and best.pth are copies, these and one more.
+    A run keeps the newest checkpoints, the best, and one being written. Where last.pth and best.pth are copies, these
+    and one more being written come on top.
 
     Raises:
-        ValueError: it does not suffice for them, or files cannot be replaced on it.
+        ValueError: the space does not suffice, or files cannot be replaced on the disk.
     """
     folder = next(path for path in [out.absolute(), *out.absolute().parents] if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"out={str(out)!r} cannot be written: {folder} is no writable folder; name another")
     free = shutil.disk_usage(folder).free
     try:
-        kind = links(folder)
+        kind = kind_of_links(folder)
     except OSError as error:
         raise ValueError(f"out={str(out)!r} cannot hold checkpoints ({one_line(error)}); name another disk") from error
     written, copies = (2, 3) if kind == COPY else (1, 0)
-    most, there = keep + 2 + copies, len(Folder(out).files())
+    most, there = keep + 2 + copies, len(RunFolder(out).files())
     there += sum((out / name).is_file() and not (out / name).is_symlink() for name in STAND_INS) if copies else 0
     missing = max(written, most - there)
     if free < missing * size:
@@ -94,10 +146,10 @@ def _shown(size: int) -> str:
 
 
 def rehearse(t: Training, shape: tuple[int, int, int]) -> str:
-    """Forward and backward of noise, after which model and random numbers are as before; the memory they take.
+    """Run forward and backward on noise, which changes no weight or random number; returns the memory they take.
 
-    On CUDA once, with the whole batch of a device, and measured. On the CPU with two and four images, to be quick:
-    what backward keeps for them is drawn out to the batch; weights, gradients, AdamW's averages and the EMA are added.
+    On CUDA the whole batch of a device runs once, and its memory is measured. On the CPU, to be quick, two and four
+    images run: what backward keeps for them is extrapolated to the batch; weights, gradients and averages are added.
 
     Args:
         t: the run's model, loss and optimiser.
@@ -126,7 +178,7 @@ def rehearse(t: Training, shape: tuple[int, int, int]) -> str:
 
 
 def _forward_backward(t: Training, size: int, shape: tuple[int, int, int]) -> int:
-    """Once, with so many images; the bytes that backward kept besides the parameters."""
+    """Run ``size`` images of noise; returns the bytes that were kept for backward besides the parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in t.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -141,7 +193,7 @@ def _forward_backward(t: Training, size: int, shape: tuple[int, int, int]) -> in
         batch = Batch(torch.randn(size, *shape), zeros, zeros, zeros, [""] * size)
         try:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = forward_loss(t, t.model.forward, batch)  # not compiled: the first update will be
+                loss = forward_loss(t, t.model.forward, batch)  # not compiled, to be quick
             loss.backward()
         except torch.OutOfMemoryError as error:
             name = torch.cuda.get_device_name(t.world.device)
@@ -155,7 +207,7 @@ def _forward_backward(t: Training, size: int, shape: tuple[int, int, int]) -> in
 
 
 def too_much(t: Training, memory: str) -> str:
-    """That the batch does not fit, and the cure."""
+    """The message that the batch does not fit, with the cure."""
     return (
         f"optim.batch_per_device={t.config.optim.batch_per_device} does not fit into {memory}; lower it (accumulation "
         "makes up for it), or set model.grad_checkpointing=true"

@@ -1,31 +1,31 @@
-"""Which checkpoint a run goes on from, and what may differ from the run that wrote it."""
+"""Which checkpoint a run goes on from, what may differ from the run that wrote it, and what the checkpoint holds."""
 
+import dataclasses
 import difflib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Folder
-from .config import Config, flatten, from_dict, to_dict
+from . import checkpoint, engine, optim
+from .config import KNOBS, Config, flatten, from_dict, to_dict
+from .run_folder import RunFolder
+from .watch import score
+
+if TYPE_CHECKING:
+    from .run import Run
 
 _logger = logging.getLogger(__name__)
 
 KEYS = {"args", "optimizer", "amp_scaler", "progress", "best", "history", "ranks", "facts"}
-# Knobs that change nothing about the numbers of a run, or only how it began
-FREE = {
-    *("out", "resume", "allow_change", "model.checkpoint", "model.checkpoint_ema", "model.new_head"),
-    *("model.pretrained", "data.root", "data.download", "data.workers", "data.pin_memory", "data.max_unreadable"),
-    *("run.device", "run.cudnn_benchmark", "run.max_skips", "run.log_every", "save.every", "save.keep"),
-    *("save.max_failures", "watch.tensorboard", "watch.wandb"),
-}
-# What may be another on every machine of a run
-PLACES = {"out", "resume", "model.checkpoint", "data.root", "data.workers", "data.pin_memory"}
-# What decides how far into an epoch so many updates are; shards are cut by more
-ORDER = {"optim.global_batch", "training_images", "seed"}
-SHARD_ORDER = {"processes", "optim.batch_per_device", "data.workers"}
+# What each knob says about itself, see `knob`
+FREE = {key for key, each in KNOBS.items() if each.resume != "refused"}
+LOCAL = {key for key, each in KNOBS.items() if each.resume == "local"}
+# With these the number of updates tells how far into an epoch a run is; in shards more are needed
+ORDER = {"training_images"} | {key for key, each in KNOBS.items() if each.order == "always"}
+SHARD_ORDER = {"processes"} | {key for key, each in KNOBS.items() if each.order == "shards"}
 
 
-def find(config: Config, folder: Folder) -> Path | None:
+def find(config: Config, folder: RunFolder) -> Path | None:
     """The checkpoint to go on from; a folder that holds a run is only ever continued, never overwritten.
 
     Raises:
@@ -55,24 +55,24 @@ def find(config: Config, folder: Folder) -> Path | None:
 
 
 def _same(folder: Path, other: Path) -> bool:
-    """Also where they differ in case, on a disk that does not tell."""
+    """Whether both are one folder, also if they differ in case on a disk that ignores it."""
     return folder.exists() and other.exists() and folder.samefile(other)
 
 
 def facts(processes: int, device: str, training: Any, validation: Any) -> dict[str, Any]:
-    """What belongs to a run's numbers beside its knobs: the machine's, and the images of both datasets."""
+    """What a run's numbers depend on beside its knobs: its processes, their device, and the images of both splits."""
     images = {"training_images": training, "validation_images": validation}
     told = {key: f"{len(dataset)} ({dataset.digest()[:12]})" for key, dataset in images.items()}
     return {"processes": processes, "device": device, **told}
 
 
-def knobs(config: Config) -> dict[str, Any]:
+def shared_knobs(config: Config) -> dict[str, Any]:
     """The knobs that every process must have alike. They decide the numbers of a run, or when its processes meet."""
-    return {key: value for key, value in flatten(to_dict(config)).items() if key not in PLACES}
+    return {key: value for key, value in flatten(to_dict(config)).items() if key not in LOCAL}
 
 
 def refuse_changes(state: dict[str, Any], config: Config, now: dict[str, Any], path: Path) -> None:
-    """A run goes on as it began, to the last bit, but for what allow_change names.
+    """Refuse to go on with other knobs, processes or images, but for what allow_change names.
 
     Args:
         state: the checkpoint.
@@ -90,11 +90,12 @@ def refuse_changes(state: dict[str, Any], config: Config, now: dict[str, Any], p
     before = flatten(to_dict(from_dict(state["args"], str(path)))) | state["facts"]
     after = flatten(to_dict(config)) | now
     allowed = _allowed(config.allow_change, [*after])
-    sharded = config.data.dataset.startswith("wds/")  # whose order depends on the workers
-    free = FREE - {"data.workers"} if sharded else FREE
+    sharded = config.data.dataset.startswith("wds/")
+    ordering = ORDER | SHARD_ORDER if sharded else ORDER
+    free = FREE - ordering
     changed = [key for key in sorted(after) if before.get(key) != after[key] and key not in free]
     for key in changed:
-        if state["progress"]["update"] and key in ORDER | (SHARD_ORDER if sharded else set()):
+        if state["progress"]["update"] and key in ordering:
             raise ValueError(
                 f"resume={str(path)!r} is in the middle of an epoch, where {key}={before.get(key)} cannot become "
                 f"{after[key]}; change it at an epoch's end, from a checkpoint-*-000000.pth"
@@ -118,5 +119,59 @@ def _allowed(text: str, known: list[str]) -> list[str]:
 
 
 def _covers(name: str, key: str) -> bool:
-    """A knob, or the section it is in."""
+    """Whether a name in allow_change is this knob, or its section."""
     return key == name or key.startswith(name + ".")
+
+
+def state(run: "Run", ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of a checkpoint: all that a run needs to go on, under timm's names where it has one.
+
+    Args:
+        run: whose checkpoint it is.
+        ranks: the random numbers of every process, at the epoch's start and now.
+    """
+    t, p = run.training, run.progress
+    state = {
+        "state_dict": t.model.state_dict(),
+        "optimizer": t.optimizer.state_dict(),
+        "amp_scaler": t.scaler.state_dict(),
+        "epoch": p.epoch - 1,  # the last that is finished
+        "arch": run.config.model.name,
+        "args": to_dict(run.config),
+        "version": checkpoint.VERSION,
+        "metric": score(run.history[-1]) if run.history else None,
+        "best": run.best,
+        "history": run.history,
+        "progress": dataclasses.asdict(p),
+        "ranks": ranks,
+        "facts": run.facts,
+        "class_to_idx": run.class_to_idx,
+    }
+    return state if t.ema is None else state | {"state_dict_ema": t.ema.module.state_dict()}
+
+
+def take_up(run: "Run", path: Path) -> None:
+    """Put a run where a checkpoint left it; the counterpart of `state`.
+
+    Raises:
+        ValueError: the run is not the one that wrote the checkpoint, see `refuse_changes`.
+    """
+    state, t = checkpoint.load(path), run.training
+    refuse_changes(state, run.config, run.facts, path)
+    if state.get("class_to_idx") != run.class_to_idx:
+        raise ValueError(f"resume={str(path)!r} was written with other classes; start anew with model.checkpoint")
+    checkpoint.load_weights(t.model, checkpoint.weights(state, False, path), path)
+    if t.ema is not None:
+        averaged = bool(state.get("state_dict_ema"))  # False where ema.decay was 0 before
+        checkpoint.load_weights(t.ema.module, checkpoint.weights(state, averaged, path), path)
+    optim.load_state(t.optimizer, state["optimizer"])
+    if state["amp_scaler"]:
+        t.scaler.load_state_dict(state["amp_scaler"])
+    run.progress, run.history = engine.Progress(**state["progress"]), state["history"]
+    if path.parent.resolve() == run.folder.path.resolve():  # else the best epoch was another folder's
+        run.best = state["best"]
+    if run.world.size == len(state["ranks"]):
+        own = state["ranks"][run.world.rank]
+        run.drawn, run.drawn_now = own["epoch"], own["now"]
+    run.saver.saved = path
+    _logger.info("going on from %s, after %s", path, run.progress.position())

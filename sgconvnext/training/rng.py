@@ -10,10 +10,10 @@ import torch
 
 
 def seed(number: int, rank: int, epoch: int | None = None) -> None:
-    """Seed Python, numpy and torch: by seed + rank for the weights, as ConvNeXt; each epoch has its own stream."""
-    drawn = (number + rank) % 2**32 if epoch is None else _mix(number, rank, epoch)  # NumPy takes no larger one
+    """Seed Python, NumPy and torch: by seed + rank for the weights, as ConvNeXt does; each epoch has a stream."""
+    drawn = (number + rank) % 2**32 if epoch is None else _mix(number, rank, epoch)  # NumPy takes no larger seed
     _seed_cpu(drawn)
-    torch.manual_seed(drawn)  # CUDA too
+    torch.manual_seed(drawn)  # seeds CUDA too
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def state(device: torch.device) -> dict[str, Any]:
 
 
 def restore(saved: dict[str, Any], device: torch.device) -> None:
-    """Go on drawing where `state` was taken."""
+    """Put all generators back to where `state` found them."""
     version, words, gauss = saved["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, position, has_gauss, cached = saved["numpy"]

@@ -21,13 +21,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import DataError
 from . import rng
-from .folders import refuse_rest
+from .image_folders import refuse_rest
 from .images import Sample, TellsFaults, decode, unreadable
 
-# Undecoded samples a worker draws from: 5000 of ImageNet's, of 110 KB, are 0.55 GB and four of its usual shards;
-# decoded they would be five times that.
+# A worker draws from so many undecoded samples. 5000 of ImageNet's, of 110 KB each, take 0.55 GB and come from four of
+# its usual shards; decoded they would take five times as much.
 BUFFER = 5000
-META = re.compile(r"__[^/]*__($|/)")  # files that webdataset passes over
+META = re.compile(r"__[^/]*__($|/)")  # names of files that webdataset passes over
 
 
 class Shard(NamedTuple):
@@ -36,7 +36,7 @@ class Shard(NamedTuple):
     name: str  # as the split lists it
     url: str
     length: int  # in samples
-    source: str  # who says so
+    source: str  # of the length, as a message names it
 
 
 class Shards(TellsFaults, IterableDataset[Sample]):
@@ -126,13 +126,13 @@ class Shards(TellsFaults, IterableDataset[Sample]):
         for place, shard, raw in self._train(worker, workers) if self.training else self._evaluate(worker, workers):
             with rng.stream(self.seed, self.epoch, place):
                 sample = self._decode(place, shard, raw)
-            yield sample  # after the block, or the caller would draw from its stream
+            yield sample  # outside of the block, or the caller would draw from this stream
 
     def _train(self, worker: int, workers: int) -> Iterator[tuple[int, Shard, dict[str, Any]]]:
-        """The rank's batches number role, role + workers, ...: the order in which a loader asks its workers.
+        """The rank's batches number role, role + workers, ...: a loader asks its workers in turn.
 
-        After ``skip`` batches it is another worker's turn, so each takes the role, and with it the range, of the one
-        whose batches it will be asked for. What that one gave is drawn again from the buffer, but not decoded.
+        After ``skip`` batches the loader asks another worker first. So each worker takes over the role, and with it
+        the range, whose batches it will be asked for. Samples of skipped batches are drawn again, but not decoded.
         """
         batches = self.samples // (self.size * self.batch)
         role = (worker + self.skip) % workers
@@ -192,13 +192,13 @@ class Shards(TellsFaults, IterableDataset[Sample]):
 
 
 def _random(*key: object) -> random.Random:
-    return random.Random(repr(key))  # of a string Python takes the SHA-512, the same in every process
+    return random.Random(repr(key))  # Python seeds with the SHA-512 of a string, the same in every process
 
 
 def _shards(reader: Any, unread: Counter[str]) -> list[Shard]:
-    """The split's shards and their lengths, from _info.json or, of local files that it does not tell of, counted.
+    """The split's shards with their lengths: from _info.json, or counted in local files that it does not list.
 
-    What is found in the latter and not read is added to ``unread``.
+    Files in counted shards that are not read are added to ``unread``.
     """
     stated: dict[str, int] = {}
     for split in reader.info.get("splits", {}).values():  # by name: a split in braces may be a part of a listed one
@@ -237,7 +237,7 @@ def _count(name: str, url: str, unread: Counter[str]) -> int:
             unread += Counter({"hidden or no suffix": sum(base_plus_ext(file)[0] is None for file in names)})
             refuse_rest(tar)
             return count
-    except Exception as error:  # those of tarfile, of the file system and of gzip, bzip2 and lzma
+    except Exception as error:  # tarfile, the file system, gzip, bzip2 and lzma have types of their own
         raise _broken(name, error) from error
 
 
@@ -260,7 +260,7 @@ def _read_whole(shard: Shard) -> Iterator[dict[str, Any]]:
 
     try:
         yield from wds.tarfile_to_samples()([{"url": shard.url}])
-    except Exception as error:  # those of tarfile, of the file system, and of whatever fetches a remote shard
+    except Exception as error:  # tarfile, the file system and what fetches remote shards have types of their own
         raise _broken(shard.name, error) from error
 
 

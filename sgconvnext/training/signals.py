@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP end a run with a checkpoint, a second one ends it at once."""
+"""SIGTERM, SIGINT and SIGHUP end a run with a checkpoint; a second signal ends the run at once."""
 
 import ctypes
 import multiprocessing
@@ -8,9 +8,9 @@ import sys
 import time
 from types import FrameType, TracebackType
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # of a scheduler, of Ctrl-C, of a closed terminal
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # from a scheduler, Ctrl-C, a closed terminal
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-ECHO_S = 1.0  # launchers may pass on a signal that has reached the process already: not yet a second request
+ECHO_S = 1.0  # within it a repeated signal is no second request: launchers pass on what has come already
 
 
 class StopRequest:
@@ -45,12 +45,12 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """As in SIGTERM."""
+        """The signal's name, as in ``SIGTERM``."""
         return signal.Signals(self.agreed).name
 
     @property
     def exit_code(self) -> int:
-        """As a shell reports a process that the signal ended."""
+        """The exit code that a shell reports for a process ended by the signal."""
         return 128 + self.agreed
 
 
@@ -61,14 +61,14 @@ def follow_parent(number: signal.Signals) -> None:
 
 
 def settle_worker(worker: int) -> None:
-    """For loader workers: a process group of their own, and no life after the run's.
+    """Give a loader worker a process group of its own, and let it end when the run's process ends.
 
     torchrun and Ctrl-C signal the whole group, but the run needs its workers until it has saved; and a worker that
     outlived a killed run would hold the lock on its folder for seconds.
     """
     os.setpgid(0, 0)
     follow_parent(signal.SIGKILL)
-    for number in STOPPING:  # what came for the old group, blocked since the fork, is dropped
+    for number in STOPPING:  # drops signals to the old group, which were blocked since the fork
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loader's own way to end a worker
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the loader ends a worker
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)

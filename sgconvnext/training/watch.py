@@ -16,7 +16,12 @@ from .config import Config, to_dict
 
 _logger = logging.getLogger(__name__)
 
-Metrics = dict[str, float]  # of one epoch, as engine and train.py name them; "epoch" counts from 0
+Metrics = dict[str, float]  # of one epoch, as `Run.evaluate` names them; "epoch" counts from 0
+
+
+def score(metrics: Metrics) -> float:
+    """Top-1 of the model or of its EMA, whichever is better; the epoch with the highest is the best."""
+    return max(metrics["val_top1"], metrics.get("ema_top1", -math.inf))
 
 
 class Sink(Protocol):
@@ -46,7 +51,7 @@ class Watch:
         self.history = list(history)
         self.failed: set[str] = set()
         lines = Lines(out / "metrics.jsonl")
-        self.sinks: dict[str, Sink] = {"metrics.jsonl": lines}  # first: the others can be drawn from it again
+        self.sinks: dict[str, Sink] = {"metrics.jsonl": lines}  # comes first: all others can be made from it again
         self._attempt("metrics.jsonl", partial(lines.write, self.history))
         if find_spec("matplotlib"):
             self.sinks["curves.png"] = Curves(out / "curves.png")
@@ -69,7 +74,7 @@ class Watch:
     def _open(self, name: str, create: Callable[[], Sink]) -> None:
         try:
             self.sinks[name] = create()
-        except ValueError:  # the user's, who is still there to read it
+        except ValueError:  # a mistake of the user, who is still there to read it
             raise
         except Exception as error:
             self._warn(name, error)
@@ -77,7 +82,7 @@ class Watch:
     def _attempt(self, name: str, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # full disk, lost network: no picture of a run is worth the run
+        except Exception as error:  # a full disk, a lost network: the run is worth more than its pictures
             self._warn(name, error)
 
     def _warn(self, name: str, error: Exception) -> None:
@@ -138,7 +143,7 @@ class WandB:
 
     def __init__(self, out: Path, config: Config) -> None:
         project = config.watch.wandb
-        try:  # names, because any folder called wandb imports as an empty package
+        try:  # by names, because any folder called wandb can be imported, as an empty package
             from wandb import UsageError, init
         except ImportError as error:
             raise ValueError(
@@ -155,7 +160,7 @@ class WandB:
                 id=known,
                 resume="allow",
             )
-        except (UsageError, ValueError) as error:  # no account, or no name for a project
+        except (UsageError, ValueError) as error:  # there is no account, or the project's name is refused
             raise ValueError(
                 f"watch.wandb={project!r} is refused ({one_line(error)}); run wandb login, or set WANDB_MODE=offline"
             ) from error
@@ -170,7 +175,7 @@ class WandB:
 
 GREY, BLUE, ORANGE = "#555555", "#1f77b4", "#d95f02"
 
-# heading of a panel: the metrics in it, with what to call them
+# Heading of a panel: the metrics in it, with their labels and colours
 PANELS = {
     "loss": {"train_loss": ("training", GREY), "val_loss": ("validation", BLUE), "ema_loss": ("EMA", ORANGE)},
     "validation top-1, %": {"val_top1": ("model", BLUE), "ema_top1": ("EMA", ORANGE)},

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
-from sgconvnext.training import checkpoint, engine, images
+from sgconvnext.training import checkpoint, checksum, engine, images, run_folder
 
 
 def around_updates(act: Any) -> None:
@@ -67,7 +67,7 @@ def worker(number: int) -> None:
 
 def full(number: int) -> None:
     original, saved = checkpoint.save, 0
-    train.RETRY_S = 0.0
+    run_folder.RETRY_S = 0.0
 
     def write(file: Any, data: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -76,7 +76,7 @@ def full(number: int) -> None:
         nonlocal saved
         saved += 1
         if saved >= number:
-            checkpoint._Hashing.write = write
+            checksum.HashingFile.write = write
         original(path, state)
 
     checkpoint.save = save

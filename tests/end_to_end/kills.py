@@ -21,7 +21,7 @@ from typing import Any
 
 from training_helpers import AUGMENTED, ROOT, command_line, environment, fingerprint, write_config
 
-from sgconvnext.training.checkpoint import Folder
+from sgconvnext.training.run_folder import RunFolder
 
 MARK = "SGCONVNEXT_KILLED_RUN"  # in the environment of every process of a run
 GRACE_S = 10.0  # a run that is asked to stop is gone by then; so are the workers of one that was killed
@@ -86,7 +86,7 @@ class Killed:
 
     def look(self, before: tuple[int, ...], log: str) -> None:
         """Nothing is lost, damaged or left over."""
-        folder = Folder(self.out)
+        folder = RunFolder(self.out)
         _, damaged = folder.newest()
         assert not damaged, damaged
         saved = position(self.out)
@@ -107,8 +107,8 @@ def updates(log: str) -> list[tuple[int, int]]:
 
 def position(out: Path) -> tuple[int, ...]:
     """Of the newest checkpoint."""
-    files = Folder(out).files()
-    return Folder.position(files[0]) if files else (0, 0)
+    files = RunFolder(out).files()
+    return RunFolder.position(files[0]) if files else (0, 0)
 
 
 def orphans(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.amp import GradScaler
 from training_helpers import (
     AUGMENTED,
     DISKS,
@@ -22,14 +23,14 @@ from training_helpers import (
     write_images,
 )
 
-import train
 import validate
-from sgconvnext.training import engine, optim, rng
-from sgconvnext.training.checkpoint import Folder
+from sgconvnext.training import checkpoint, data, engine, optim, rng
+from sgconvnext.training.run import Run
+from sgconvnext.training.run_folder import RunFolder
 
 # everything that draws random numbers or keeps a state, in 2 epochs of 5 updates of 2 forwards
 WHOLE = AUGMENTED | {"ema.decay": 0.9, "optim.batch_per_device": 8, "optim.warmup_epochs": 1, "optim.clip_grad": 1.0}
-Run = Callable[..., None]
+RunHere = Callable[..., None]
 
 
 def same_run(got: Path, want: Path) -> bool:
@@ -42,7 +43,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The run that is never stopped, with any knobs, made once."""
     made: dict[str, Path] = {}
 
-    def run(run_here: Run, **knobs: Any) -> Path:
+    def run(run_here: RunHere, **knobs: Any) -> Path:
         key = repr(sorted(knobs.items()))
         if key not in made:
             made[key] = micro_run(run_here, tmp_path_factory.mktemp("straight"), **knobs)
@@ -63,7 +64,7 @@ def stop_in(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "train_update", counted)
 
 
-def stopped(run_here: Run, folder: Path, update: int, **knobs: Any) -> Path:
+def stopped(run_here: RunHere, folder: Path, update: int, **knobs: Any) -> Path:
     with pytest.MonkeyPatch.context() as patched:
         stop_in(update, patched)
         with pytest.raises(SystemExit, match=r"^143$"):
@@ -73,7 +74,7 @@ def stopped(run_here: Run, folder: Path, update: int, **knobs: Any) -> Path:
 
 @pytest.mark.parametrize("update", [1, 3, 5, 6, 9, 10])  # 5 and 10 are followed by an evaluation, which is given up
 def test_stop_at_any_update_changes_nothing(
-    update: int, straight: Callable[..., Path], run_here: Run, tmp_path: Path
+    update: int, straight: Callable[..., Path], run_here: RunHere, tmp_path: Path
 ) -> None:
     out = stopped(run_here, tmp_path, update, **WHOLE)
     assert len(metrics(out)) == (update - 1) // 5
@@ -82,7 +83,7 @@ def test_stop_at_any_update_changes_nothing(
 
 
 def test_many_stops_change_nothing_nor_do_loader_workers(
-    straight: Callable[..., Path], run_here: Run, tmp_path: Path
+    straight: Callable[..., Path], run_here: RunHere, tmp_path: Path
 ) -> None:
     for update, workers in [(2, 2), (4, 0), (8, 1)]:
         out = stopped(run_here, tmp_path, update, **WHOLE, **{"data.workers": workers})
@@ -92,7 +93,7 @@ def test_many_stops_change_nothing_nor_do_loader_workers(
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_stop_changes_nothing_in_mixed_precision(
-    precision: str, straight: Callable[..., Path], run_here: Run, tmp_path: Path
+    precision: str, straight: Callable[..., Path], run_here: RunHere, tmp_path: Path
 ) -> None:
     knobs = WHOLE | {"run.precision": precision}
     out = stopped(run_here, tmp_path, 3, **knobs)
@@ -101,16 +102,16 @@ def test_stop_changes_nothing_in_mixed_precision(
 
 
 def test_stop_at_an_epochs_end_changes_nothing(
-    straight: Callable[..., Path], run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    straight: Callable[..., Path], run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        original = train.Run.finish_epoch
+        original = Run.finish_epoch
 
-        def killed(run: train.Run, metrics: dict[str, float]) -> None:
+        def killed(run: Run, metrics: dict[str, float]) -> None:
             original(run, metrics)
             raise KeyboardInterrupt
 
-        patched.setattr(train.Run, "finish_epoch", killed)
+        patched.setattr(Run, "finish_epoch", killed)
         with pytest.raises(KeyboardInterrupt):
             micro_run(run_here, tmp_path, **WHOLE)
     assert len(metrics(tmp_path / "out")) == 1
@@ -120,11 +121,11 @@ def test_stop_at_an_epochs_end_changes_nothing(
 
 @pytest.mark.parametrize(
     "lost",
-    ["sgconvnext.training.checkpoint.Folder.point", "sgconvnext.training.watch.Watch.epoch"],
+    ["sgconvnext.training.run_folder.RunFolder.point", "sgconvnext.training.watch.Watch.epoch"],
     ids=["links", "metrics"],
 )
 def test_kill_between_the_files_of_an_epoch_changes_nothing(
-    lost: str, straight: Callable[..., Path], run_here: Run, tmp_path: Path
+    lost: str, straight: Callable[..., Path], run_here: RunHere, tmp_path: Path
 ) -> None:
     """The checkpoint was written, but then neither the link best.pth nor the line of metrics."""
     with pytest.MonkeyPatch.context() as patched:
@@ -143,7 +144,7 @@ def test_kill_between_the_files_of_an_epoch_changes_nothing(
 def test_run_on_a_disk_without_symbolic_links_ends_as_any_other(
     disk: str,
     straight: Callable[..., Path],
-    run_here: Run,
+    run_here: RunHere,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -159,9 +160,9 @@ def test_run_on_a_disk_without_symbolic_links_ends_as_any_other(
     other = straight(run_here, **WHOLE)
     assert same_run(out, other)
     assert fingerprint(out / "best.pth") == fingerprint(other / "best.pth")
-    best, last = Folder(out).behind("best.pth"), Folder(out).file(2, 0)
-    assert Folder(out).behind("last.pth") == last
-    assert set(Folder(out).files()) == {best, last}  # all others are gone
+    best, last = RunFolder(out).behind("best.pth"), RunFolder(out).file(2, 0)
+    assert RunFolder(out).behind("last.pth") == last
+    assert set(RunFolder(out).files()) == {best, last}  # all others are gone
     capsys.readouterr()
     run_here(validate, "--checkpoint", out / "best.pth")
     top1 = max(line["val_top1"] for line in metrics(out))
@@ -171,25 +172,25 @@ def test_run_on_a_disk_without_symbolic_links_ends_as_any_other(
 
 
 def test_best_is_found_again_where_moving_the_folder_has_lost_its_link(
-    run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As cp -r does onto a disk without links."""
     out = micro_run(run_here, tmp_path, **{"epochs": 3, "optim.lr": 1e-30, "optim.min_lr": 0.0})  # no epoch is better
-    assert Folder(out).behind("best.pth") == Folder(out).file(1, 0)
+    assert RunFolder(out).behind("best.pth") == RunFolder(out).file(1, 0)
     for name in ("best.pth", "last.pth"):
         (out / name).unlink()
     disk_without(monkeypatch, *DISKS["copies"])
     changed = {"epochs": 4, "save.keep": 1, "optim.lr": 1e-30, "optim.min_lr": 0.0}
     micro_run(run_here, tmp_path, "resume=auto", "allow_change=epochs", **changed)
-    assert Folder(out).files() == [Folder(out).file(4, 0), Folder(out).file(1, 0)]
-    assert fingerprint(out / "best.pth") == fingerprint(Folder(out).file(1, 0))
+    assert RunFolder(out).files() == [RunFolder(out).file(4, 0), RunFolder(out).file(1, 0)]
+    assert fingerprint(out / "best.pth") == fingerprint(RunFolder(out).file(1, 0))
 
 
 SHARDS = {"data.dataset": "wds/toy", "data.train_samples": None, "data.val_samples": None, "model.num_classes": 2}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stop_changes_nothing_for_shards(workers: int, run_here: Run, tmp_path: Path, shard_folder: Path) -> None:
+def test_stop_changes_nothing_for_shards(workers: int, run_here: RunHere, tmp_path: Path, shard_folder: Path) -> None:
     names = {"data.root": str(shard_folder), "data.train_split": "train-{0..2}.tar", "data.val_split": "val-0.tar"}
     knobs = WHOLE | SHARDS | names | {"data.workers": workers}
     whole = micro_run(run_here, tmp_path / "whole", **knobs)
@@ -226,8 +227,8 @@ def forget_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = train.checkpoint.weights
-    monkeypatch.setattr(train.checkpoint, "weights", lambda state, _, path: original(state, False, path))
+    original = checkpoint.weights
+    monkeypatch.setattr(checkpoint, "weights", lambda state, _, path: original(state, False, path))
 
 
 def forget_sums(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,23 +241,23 @@ def forget_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget_position_among_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = train.Run.batches
+    original = Run.batches
 
-    def batches(run: train.Run) -> Any:
+    def batches(run: Run) -> Any:
         run.drawn_now = None
         return original(run)
 
-    monkeypatch.setattr(train.Run, "batches", batches)
+    monkeypatch.setattr(Run, "batches", batches)
 
 
 def forget_history(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = train.checkpoint.load
-    monkeypatch.setattr(train.checkpoint, "load", lambda path: original(path) | {"history": []})
+    original = checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda path: original(path) | {"history": []})
 
 
 def repeat_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = train.data.TrainLoader.epoch
-    monkeypatch.setattr(train.data.TrainLoader, "epoch", lambda loader, number, skip: original(loader, number, 0))
+    original = data.TrainLoader.epoch
+    monkeypatch.setattr(data.TrainLoader, "epoch", lambda loader, number, skip: original(loader, number, 0))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def repeat_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_run_that_does_not_take_everything_up_ends_otherwise(
     forget: Callable[[pytest.MonkeyPatch], None],
     straight: Callable[..., Path],
-    run_here: Run,
+    run_here: RunHere,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -280,11 +281,11 @@ def test_run_that_does_not_take_everything_up_ends_otherwise(
 
 
 def test_loss_scale_that_is_not_taken_up_is_seen(
-    straight: Callable[..., Path], run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    straight: Callable[..., Path], run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     knobs = WHOLE | {"run.precision": "fp16"}
     out = stopped(run_here, tmp_path, 8, **knobs)
-    monkeypatch.setattr(train.GradScaler, "load_state_dict", lambda *_: None)
+    monkeypatch.setattr(GradScaler, "load_state_dict", lambda *_: None)
     micro_run(run_here, tmp_path, "resume=auto", **knobs)
     assert not same_run(out, straight(run_here, **knobs))
 

@@ -23,9 +23,10 @@ from training_helpers import (
 )
 
 import train
-from sgconvnext.training import checkpoint
+from sgconvnext.training import build, checkpoint, run_folder
+from sgconvnext.training.run import Run
 
-Run = Callable[..., None]
+RunHere = Callable[..., None]
 AVERAGED = {"ema.decay": 0.9}
 
 
@@ -57,7 +58,7 @@ def damage(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "junk", "flipped"])
 def test_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
-    kind: str, finished: Path, run_here: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, finished: Path, run_here: RunHere, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out, symlinks=True)
@@ -123,26 +124,26 @@ def fill(place: Path) -> None:
 
 def at_epochs_end(monkeypatch: pytest.MonkeyPatch, acts: dict[int, Callable[[], None]]) -> None:
     """Do something just before the checkpoint of an epoch is written."""
-    original = train.Run.finish_epoch
+    original = Run.finish_epoch
 
-    def finish(run: train.Run, line: dict[str, float]) -> None:
+    def finish(run: Run, line: dict[str, float]) -> None:
         acts.get(int(line["epoch"]), lambda: None)()
         original(run, line)
 
-    monkeypatch.setattr(train.Run, "finish_epoch", finish)
+    monkeypatch.setattr(Run, "finish_epoch", finish)
 
 
 def test_run_goes_on_while_the_disk_is_full_and_saves_once_it_is_not(
     finished: Path,
     small_disk: Path,
-    run_here: Run,
+    run_here: RunHere,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     path = write_config(tmp_path / "a.yaml", **AVERAGED, epochs=3)
     at_epochs_end(monkeypatch, {1: lambda: fill(small_disk), 2: (small_disk / "filler").unlink})
-    monkeypatch.setattr(train, "RETRY_S", 0.0)
+    monkeypatch.setattr(run_folder, "RETRY_S", 0.0)
     run_here(train, path, f"out={small_disk / 'out'}", "save.max_failures=9")
     failed = [line for line in caplog.messages if "No space left" in line and "checkpoint" in line]
     assert 2 <= len(failed) < 9  # at the epoch's end, and with each line of the log after it
@@ -153,14 +154,14 @@ def test_run_goes_on_while_the_disk_is_full_and_saves_once_it_is_not(
 
 def test_run_ends_after_so_many_failures_with_the_last_good_checkpoint_intact(
     small_disk: Path,
-    run_here: Run,
+    run_here: RunHere,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path, out = write_config(tmp_path / "a.yaml", **AVERAGED, epochs=3), small_disk / "out"
     at_epochs_end(monkeypatch, {1: lambda: fill(small_disk)})
-    monkeypatch.setattr(train, "RETRY_S", 0.0)
+    monkeypatch.setattr(run_folder, "RETRY_S", 0.0)
     with pytest.raises(SystemExit, match=r"^1$"):
         run_here(train, path, f"out={out}", "save.max_failures=3")
     told = only_line("train", capsys.readouterr().err)
@@ -216,16 +217,16 @@ def test_loss_of_nan_names_update_rank_and_module_and_lists_the_images(processes
 
 
 def test_infinite_bias_is_found_in_its_module(
-    run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = train.build.create_model
+    original = build.create_model
 
     def broken(*arguments: Any, **options: Any) -> Any:
         model = original(*arguments, **options)
         model.stages[2].blocks[0].mlp.fc1.bias.data[3] = float("inf")
         return model
 
-    monkeypatch.setattr(train.build, "create_model", broken)
+    monkeypatch.setattr(build, "create_model", broken)
     with pytest.raises(SystemExit, match=r"^1$"):
         micro_run(run_here, tmp_path)
     told = only_line("train", capsys.readouterr().err)
@@ -256,13 +257,13 @@ def pictures(tmp_path: Path) -> Path:
     return root
 
 
-def picture_run(run_here: Run, root: Path, folder: Path, *overrides: str, **knobs: Any) -> Path:
+def picture_run(run_here: RunHere, root: Path, folder: Path, *overrides: str, **knobs: Any) -> Path:
     dataset = {"data.dataset": "", "data.root": str(root), "model.num_classes": None, "data.workers": 2}
     return micro_run(run_here, folder, "epochs=1", *overrides, **dataset, **knobs)
 
 
 def test_odd_images_are_decoded_broken_ones_replaced_and_each_told_by_path(
-    pictures: Path, run_here: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pictures: Path, run_here: RunHere, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = picture_run(run_here, pictures, tmp_path, "data.max_unreadable=0.2")
     folder = pictures / "train" / "cat"
@@ -277,7 +278,7 @@ def test_odd_images_are_decoded_broken_ones_replaced_and_each_told_by_path(
 
 
 def test_too_many_broken_images_end_the_run(
-    pictures: Path, run_here: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pictures: Path, run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split, words in [("train", "training images"), ("val", "validation images")]:
         limit = 0.0 if split == "train" else 0.05  # one of 81 is fewer than that, one of eight is more
@@ -288,7 +289,7 @@ def test_too_many_broken_images_end_the_run(
 
 
 def test_batch_without_a_readable_image_ends_the_run_in_one_line(
-    run_here: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = write_images(tmp_path / "set", {"train": {"cat": 20, "dog": 20}, "val": {"cat": 1, "dog": 1}})
     for image in (root / "train").rglob("*.png"):
@@ -301,7 +302,7 @@ def test_batch_without_a_readable_image_ends_the_run_in_one_line(
 
 
 def test_decompression_bomb_is_not_decoded(
-    run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = write_images(tmp_path / "set", {"train": {"cat": 40, "dog": 40}, "val": {"cat": 1, "dog": 1}})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32)
@@ -313,7 +314,7 @@ def test_decompression_bomb_is_not_decoded(
 
 
 def test_images_that_changed_between_two_runs_are_refused_and_moved_ones_are_not(
-    run_here: Run, refusal: Callable[..., str], tmp_path: Path
+    run_here: RunHere, refusal: Callable[..., str], tmp_path: Path
 ) -> None:
     root = write_images(tmp_path / "set", {"train": {"cat": 40, "dog": 40}, "val": {"cat": 2, "dog": 2}})
     out = picture_run(run_here, root, tmp_path)

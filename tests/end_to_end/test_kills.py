@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from kills import Killed, restart, survive
 
-from sgconvnext.training.checkpoint import Folder
+from sgconvnext.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
@@ -25,7 +25,7 @@ def test_run_on_a_disk_without_symbolic_links_survives_kills(disk: str, tmp_path
     assert len(survive(tmp_path, kills=2, processes=0, seed=7, script=("tests/end_to_end/inject.py", disk))) == 2
     for out in tmp_path.glob("killed-*/out"):
         assert not (out / "best.pth").is_symlink()
-        assert Folder(out).behind("best.pth") in Folder(out).files()
+        assert RunFolder(out).behind("best.pth") in RunFolder(out).files()
         assert not list(out.glob("*.partial"))
 
 

@@ -31,7 +31,7 @@ from training_helpers import (
 
 import train
 import validate
-from sgconvnext.training import checkpoint, engine
+from sgconvnext.training import checkpoint, engine, run_folder
 from sgconvnext.training.config import Config, load_config, to_dict
 
 KEYS = [
@@ -377,11 +377,11 @@ def test_run_that_would_go_on_differently_is_refused(
 
 def test_folder_of_a_living_run_is_refused(refusal: Callable[..., str], tmp_path: Path) -> None:
     out, config = tmp_path / "out", write_config(tmp_path / "a.yaml")
-    with checkpoint.lock(out):
+    with run_folder.lock(out):
         told = refusal(train, config, f"out={out}", "resume=auto")
     assert str(out) in told
     assert "in use" in told
-    with checkpoint.lock(out):  # the lock went with its run
+    with run_folder.lock(out):  # the lock went with its run
         pass
 
 

@@ -174,8 +174,6 @@ def test_reparameterized_layer_refuses_what_needs_parameters() -> None:
     with refused("reparameterized", "train"):
         model.train()
     assert not any(module.training for module in model.modules())
-    with refused("reparameterized", "built with"):
-        model.kernel_table(64)
 
 
 def test_state_dict_says_what_is_reparameterized(tmp_path: Path) -> None:

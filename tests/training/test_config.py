@@ -4,7 +4,7 @@ import os
 import pwd
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from helpers import refused
 from training_helpers import CONFIGS, flatten, unflatten
 
 from sgconvnext.training import rng
-from sgconvnext.training.config import Config, describe, from_dict, load_config, parse_overrides, to_dict
+from sgconvnext.training.config import KNOBS, Config, describe, from_dict, load_config, to_dict
+from sgconvnext.training.yaml_files import read_overrides
 
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 DEFAULTS = flatten(to_dict(Config()))
@@ -194,6 +195,15 @@ def test_help_text_gives_the_knob_its_default_and_its_reason(name: str) -> None:
     assert len(reason) >= 5
 
 
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_knob_that_is_a_number_states_its_limits(name: str) -> None:
+    schema, *keys = Config, *name.split(".")
+    for key in keys:
+        schema = get_type_hints(schema)[key]
+    if re.search(r"\b(int|float)\b", str(schema)):
+        assert KNOBS[name].limits is not None, "give knob() its limits; ANY, if any number will do"
+
+
 def test_to_dict_holds_plain_values_that_a_checkpoint_may_carry() -> None:
     def check(value: Any) -> None:
         assert type(value) in (dict, list, str, int, float, bool, type(None))
@@ -239,7 +249,7 @@ def test_nested_override_of_model_kwargs_keeps_the_other_arguments(tmp_path: Pat
 
 
 def test_value_may_contain_an_equals_sign() -> None:
-    assert parse_overrides(["out=runs/lr=3"]) == {"out": "runs/lr=3"}
+    assert read_overrides(["out=runs/lr=3"], Config).tree == {"out": "runs/lr=3"}
 
 
 def test_text_may_be_empty(tmp_path: Path) -> None:
@@ -248,7 +258,8 @@ def test_text_may_be_empty(tmp_path: Path) -> None:
 
 
 def test_later_override_wins() -> None:
-    assert parse_overrides(["optim.lr=1", "optim.eps=2", "optim.lr=3"]) == {"optim": {"lr": 3.0, "eps": 2.0}}
+    layer = read_overrides(["optim.lr=1", "optim.eps=2", "optim.lr=3"], Config)
+    assert layer.tree == {"optim": {"lr": 3.0, "eps": 2.0}}
 
 
 # ---- files and their base
@@ -406,13 +417,13 @@ def test_key_given_twice_is_refused(body: str, tmp_path: Path) -> None:
 )
 def test_argument_that_is_no_override_is_refused(text: str) -> None:
     with refused("command line", repr(text), "section.key=value"):
-        parse_overrides([text])
+        read_overrides([text], Config)
 
 
 @pytest.mark.parametrize("text", ["epochs={", "epochs=[1", "epochs=a: b: c", "epochs='", "epochs=@x"])
 def test_override_whose_value_is_no_yaml_is_refused(text: str) -> None:
     with refused("command line", text, "quotes"):
-        parse_overrides([text])
+        read_overrides([text], Config)
 
 
 @pytest.mark.parametrize("text", ["2026-11-22", "2024-13-01", "2026-11-22 12:30:00"])

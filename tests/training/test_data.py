@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms as tv
 from training_helpers import CONFIGS, alone, micro_config, write_images
 
-from sgconvnext.training import data, rng
+from sgconvnext.training import data, optim, rng
 from sgconvnext.training.config import Config, load_config
 from sgconvnext.training.data import Split
 from sgconvnext.training.images import Images
@@ -558,7 +558,7 @@ def test_every_epoch_holds_enough_full_batches_for_its_updates() -> None:
     for length in range(12, 40):
         for size, per_device, accumulation in [(1, 4, 1), (1, 4, 3), (2, 3, 2), (3, 4, 1), (3, 2, 2)]:
             batches = train_batches(length, per_device, size - 1, size, epoch=0)
-            updates = data.updates_per_epoch(length, per_device * size * accumulation)
+            updates = optim.updates_per_epoch(length, per_device * size * accumulation)
             assert len(batches) >= updates * accumulation, (length, size, per_device, accumulation)
             assert {len(batch) for batch in batches} == {per_device}
 
@@ -615,36 +615,3 @@ def test_evaluation_covers_every_image_exactly_once(length: int, size: int, work
             assert batch.targets.tolist() == [-i for i in batch.images.tolist()]
             seen += batch.images.tolist()
     assert sorted(seen) == list(range(length))
-
-
-# ---- arithmetic
-
-
-@pytest.mark.parametrize(
-    ("samples", "batch", "updates"), [(1_281_167, 4096, 312), (1_281_167, 512, 2502), (16, 16, 1), (31, 16, 1)]
-)
-def test_updates_per_epoch_are_whole_global_batches(samples: int, batch: int, updates: int) -> None:
-    assert data.updates_per_epoch(samples, batch) == updates
-
-
-@pytest.mark.parametrize("samples", [0, 1, 15])
-def test_dataset_smaller_than_a_global_batch_is_refused(samples: int) -> None:
-    with refused("optim.global_batch=16", f"{samples} training images", "lower"):
-        data.updates_per_epoch(samples, 16)
-
-
-@pytest.mark.parametrize(
-    ("batch", "per_device", "size", "steps"),
-    [(4096, 128, 8, 4), (4096, 64, 8, 8), (4096, 128, 32, 1), (512, 32, 8, 2), (512, 32, 16, 1), (6, 1, 3, 2)],
-)
-def test_accumulation_follows_from_the_batches_and_the_devices(
-    batch: int, per_device: int, size: int, steps: int
-) -> None:
-    assert data.accumulation_steps(batch, per_device, size) == steps
-
-
-@pytest.mark.parametrize(("batch", "per_device", "size"), [(4096, 128, 3), (16, 5, 1), (16, 32, 1), (16, 16, 2)])
-def test_global_batch_that_does_not_divide_is_refused(batch: int, per_device: int, size: int) -> None:
-    words = (f"optim.global_batch={batch}", f"optim.batch_per_device={per_device}", f"{size} processes", "change")
-    with refused(*words, f"= {per_device * size}"):
-        data.accumulation_steps(batch, per_device, size)

@@ -23,8 +23,10 @@ from training_helpers import (
 )
 
 from sgconvnext import console
+from sgconvnext.errors import TooManyUnreadableError
 from sgconvnext.training import distributed, engine
 from sgconvnext.training.config import Config
+from sgconvnext.training.images import UNREADABLE
 
 # layer scale 1 instead of 1e-6, or the blocks would hardly take part
 LIVE = {"model.kwargs": MICRO | {"ls_init_value": 1.0}}
@@ -179,6 +181,15 @@ def test_average_follows_the_weights_by_its_decay_after_every_update() -> None:
     for mixer, averaged, norm in zip(mixers(t.model), mixers(t.ema.module), norms, strict=True):
         assert torch.equal(mixer.kernel_norm, norm)
         assert torch.equal(averaged.kernel_norm, norm)
+
+
+def test_unreadable_images_of_an_update_are_told_and_too_many_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    t = training(config_of(**{"data.max_unreadable": 0.1}))
+    [batch] = batches_of(16, *noise(16))
+    batch.faults[:2], batch.reasons[:2] = UNREADABLE, ["cut short", "no image"]
+    with pytest.raises(TooManyUnreadableError, match="2 of 16 training images cannot be read"):
+        update(t, iter([batch]), 1e-3)
+    assert [line.count("cut short") + line.count("no image") for line in caplog.messages] == [1, 1]
 
 
 # ---- evaluation

@@ -13,8 +13,15 @@ from torch import nn
 from training_helpers import CONFIGS
 
 import sgconvnext  # noqa: F401  registers the models with timm
-from sgconvnext.training.config import Optim, load_config
-from sgconvnext.training.optim import create_optimizer, learning_rates, param_groups, set_learning_rate
+from sgconvnext.training.config import OptimConfig, load_config
+from sgconvnext.training.optim import (
+    accumulation_steps,
+    create_optimizer,
+    learning_rates,
+    param_groups,
+    set_learning_rate,
+    updates_per_epoch,
+)
 
 IMAGENET = load_config(CONFIGS / "imagenet.yaml")
 FINETUNE = load_config(CONFIGS / "finetune_384.yaml")
@@ -66,7 +73,7 @@ def test_learning_rates_of_fine_tuning_start_at_the_peak() -> None:
 
 @pytest.mark.parametrize(("epochs", "updates", "warmup"), [(1, 1, 0), (2, 1, 1), (3, 7, 2), (5, 4, 4)])
 def test_table_has_one_learning_rate_for_every_update(epochs: int, updates: int, warmup: int) -> None:
-    optim = Optim(lr=0.3, min_lr=0.1, warmup_epochs=warmup)
+    optim = OptimConfig(lr=0.3, min_lr=0.1, warmup_epochs=warmup)
     table = learning_rates(optim, epochs, updates)
     assert table.tolist() == convnext_schedule(0.3, 0.1, epochs, updates, warmup).tolist()
     assert len(table) == epochs * updates
@@ -246,7 +253,7 @@ def test_optimizer_is_adamw_with_the_recipes_numbers() -> None:
     assert not any(group["amsgrad"] for group in optimizer.param_groups)
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
-    other = Optim(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.3)
+    other = OptimConfig(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.3)
     for group in create_optimizer(model, other).param_groups:
         assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-3)
         assert group["weight_decay"] in (0.0, 0.3)
@@ -268,3 +275,36 @@ def test_group_without_a_scale_gets_the_learning_rate_itself() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     set_learning_rate(optimizer, 0.25)
     assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+# ---- updates and batches
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch", "updates"), [(1_281_167, 4096, 312), (1_281_167, 512, 2502), (16, 16, 1), (31, 16, 1)]
+)
+def test_updates_per_epoch_are_whole_global_batches(samples: int, batch: int, updates: int) -> None:
+    assert updates_per_epoch(samples, batch) == updates
+
+
+@pytest.mark.parametrize("samples", [0, 1, 15])
+def test_dataset_smaller_than_a_global_batch_is_refused(samples: int) -> None:
+    with refused("optim.global_batch=16", f"{samples} training images", "lower"):
+        updates_per_epoch(samples, 16)
+
+
+@pytest.mark.parametrize(
+    ("batch", "per_device", "size", "steps"),
+    [(4096, 128, 8, 4), (4096, 64, 8, 8), (4096, 128, 32, 1), (512, 32, 8, 2), (512, 32, 16, 1), (6, 1, 3, 2)],
+)
+def test_accumulation_follows_from_the_batches_and_the_devices(
+    batch: int, per_device: int, size: int, steps: int
+) -> None:
+    assert accumulation_steps(batch, per_device, size) == steps
+
+
+@pytest.mark.parametrize(("batch", "per_device", "size"), [(4096, 128, 3), (16, 5, 1), (16, 32, 1), (16, 16, 2)])
+def test_global_batch_that_does_not_divide_is_refused(batch: int, per_device: int, size: int) -> None:
+    words = (f"optim.global_batch={batch}", f"optim.batch_per_device={per_device}", f"{size} processes", "change")
+    with refused(*words, f"= {per_device * size}"):
+        accumulation_steps(batch, per_device, size)

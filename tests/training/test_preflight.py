@@ -4,8 +4,6 @@ import errno
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 from copy import deepcopy
 from pathlib import Path
@@ -21,10 +19,8 @@ from torch import nn
 from training_helpers import (
     DISKS,
     MICRO,
-    ROOT,
     batches_of,
     disk_without,
-    environment,
     micro_config,
     micro_model,
     noise,
@@ -36,6 +32,7 @@ from training_helpers import (
 from sgconvnext.training import checkpoint, data, engine, preflight, rng
 from sgconvnext.training.config import Config, to_dict
 from sgconvnext.training.images import Batch, Images
+from sgconvnext.training.run_folder import RunFolder
 
 GIB = 2**30
 SIZE = (3, 32, 32)
@@ -154,7 +151,7 @@ def test_disk_must_have_room_for_the_checkpoints_that_are_not_there_yet(
 ) -> None:
     """Three newest, the best, and the one being written, which always needs room."""
     for epoch in range(files):
-        checkpoint.Folder(tmp_path).file(epoch, 0).touch()
+        RunFolder(tmp_path).file(epoch, 0).touch()
     free["bytes"] = missing * GIB
     assert preflight.disk(tmp_path, GIB, keep=3) == (
         f"1.00 GiB a checkpoint, 5 at most at a time; {missing}.00 GiB free in {tmp_path}"
@@ -180,7 +177,7 @@ def test_copies_in_place_of_links_need_room_too(
     with refused(f"{missing} more checkpoints"):
         preflight.disk(tmp_path, GIB, keep=3)
     for epoch in range(9):
-        checkpoint.Folder(tmp_path).file(epoch, 0).touch()
+        RunFolder(tmp_path).file(epoch, 0).touch()
     with refused("2 more checkpoints"):
         free["bytes"] = 2 * GIB - 1
         preflight.disk(tmp_path, GIB, keep=3)
@@ -291,36 +288,6 @@ def gib(line: str) -> float:
     found = re.match(r"about ([\d.]+) GiB of the [\d.]+ GiB of a cpu process", line)
     assert found, line
     return float(found[1])
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path.append("tests")
-import torch
-from training_helpers import batches_of, micro_config, noise, training, update
-from sgconvnext.training import preflight
-
-def resident(key):  # unlike ru_maxrss, not inherited from the parent
-    return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024
-
-torch.set_num_threads(1)
-t = training(micro_config(**{"optim.batch_per_device": 2048, "optim.global_batch": 2048}))
-print(preflight.rehearse(t, (3, 32, 32)))
-before = resident("VmRSS")
-update(t, batches_of(2048, *noise(2048)), 1e-3)
-print(resident("VmHWM") - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-def test_memory_is_roughly_what_the_first_update_takes() -> None:
-    told, grown = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    measured = int(grown) / GIB
-    assert measured > 0.1
-    assert measured / 2 < gib(told) < measured * 2
 
 
 def kept_for_backward(t: engine.Training) -> int:

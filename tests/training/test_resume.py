@@ -10,22 +10,22 @@ from helpers import refused
 from training_helpers import DISKS, disk_without, flatten, micro_config
 
 from sgconvnext.training import checkpoint, resume
-from sgconvnext.training.checkpoint import Folder
 from sgconvnext.training.config import Config, from_dict, to_dict
+from sgconvnext.training.run_folder import RunFolder
 
 STATE = {"state_dict": {"weight": torch.arange(4.0)}}
 
 
-def run(path: Path, *epochs: int) -> Folder:
+def run(path: Path, *epochs: int) -> RunFolder:
     """A folder with good checkpoints after those epochs."""
     path.mkdir(parents=True, exist_ok=True)
-    folder = Folder(path)
+    folder = RunFolder(path)
     for epoch in epochs:
         folder.add(folder.file(epoch, 0), STATE, keep=99, best=epoch == min(epochs))
     return folder
 
 
-def found(folder: Folder, given: object) -> Path | None:
+def found(folder: RunFolder, given: object) -> Path | None:
     return resume.find(micro_config(out=str(folder.path), resume=str(given)), folder)
 
 
@@ -33,7 +33,7 @@ def found(folder: Folder, given: object) -> Path | None:
 
 
 def test_auto_begins_where_there_is_nothing_and_goes_on_from_the_newest(tmp_path: Path) -> None:
-    assert found(Folder(tmp_path / "none"), "auto") is None
+    assert found(RunFolder(tmp_path / "none"), "auto") is None
     assert found(run(tmp_path), "auto") is None
     (tmp_path / "metrics.jsonl").touch()  # killed in its first epoch
     assert found(run(tmp_path), "auto") is None
@@ -63,8 +63,8 @@ def test_auto_is_refused_where_every_checkpoint_is_damaged(tmp_path: Path) -> No
 def test_auto_does_not_pass_over_a_lone_file_of_an_older_version(name: str, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / name, STATE)
     with refused(str(tmp_path), f"holds {name}", f"resume={tmp_path / name}"):
-        found(Folder(tmp_path), "auto")
-    assert found(Folder(tmp_path), tmp_path / name) == tmp_path / name
+        found(RunFolder(tmp_path), "auto")
+    assert found(RunFolder(tmp_path), tmp_path / name) == tmp_path / name
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_auto_does_not_pass_over_a_lone_file_of_an_older_version(name: str, tmp_
 )
 def test_folder_that_holds_a_run_is_not_started_anew(held: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    folder = Folder(tmp_path / "out")
+    folder = RunFolder(tmp_path / "out")
     assert found(folder, "") is None
     (tmp_path / "out/notes.txt").touch()
     assert found(folder, "") is None
@@ -97,7 +97,7 @@ def test_path_inside_is_found_under_the_name_that_the_folder_has_for_it(
     (tmp_path / "sub").mkdir()
     (tmp_path / "link").symlink_to("out")
     run(tmp_path / "out", 1, 2, 3)
-    folder = Folder(Path(out))
+    folder = RunFolder(Path(out))
     for given, epoch in [("checkpoint-0002-000000.pth", 2), ("last.pth", 3), ("best.pth", 1)]:
         for where in ("out", "link", tmp_path / "out"):
             path = found(folder, Path(where) / given)
@@ -112,7 +112,7 @@ def test_last_and_best_are_found_under_their_own_names_without_links(
     disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk_without(monkeypatch, *DISKS[disk])
-    folder = Folder(tmp_path)
+    folder = RunFolder(tmp_path)
     for epoch in (1, 2, 3):
         folder.add(folder.file(epoch, 0), STATE | {"epoch": epoch}, keep=99, best=epoch == 2)
     for given, epoch in [("auto", 3), (tmp_path / "last.pth", 3), (tmp_path / "best.pth", 2)]:
@@ -164,8 +164,17 @@ def check(before: Config, after: Config, **facts: Any) -> None:
     resume.refuse_changes(written_by(before), after, FACTS | facts, PATH)
 
 
-def test_every_free_knob_exists() -> None:
-    assert set(KNOBS) >= resume.FREE
+def test_knobs_that_may_change_are_these() -> None:
+    """Written out again, so that nobody frees a knob by a slip."""
+    assert {
+        *("out", "resume", "allow_change", "model.checkpoint", "model.checkpoint_ema", "model.new_head"),
+        *("model.pretrained", "data.root", "data.download", "data.workers", "data.pin_memory"),
+        *("data.max_unreadable", "run.device", "run.cudnn_benchmark", "run.max_skips", "run.log_every"),
+        *("save.every", "save.keep", "save.max_failures", "watch.tensorboard", "watch.wandb"),
+    } == resume.FREE
+    assert {"out", "resume", "model.checkpoint", "data.root", "data.workers", "data.pin_memory"} == resume.LOCAL
+    assert {"training_images", "optim.global_batch", "seed"} == resume.ORDER
+    assert {"processes", "optim.batch_per_device", "data.workers"} == resume.SHARD_ORDER
 
 
 def test_whatever_the_numbers_of_a_run_depend_on_is_not_free() -> None:
@@ -285,6 +294,6 @@ def test_shares_of_shards_cannot_change_in_the_middle_of_an_epoch() -> None:
 
 
 def test_knobs_that_decide_when_processes_meet_are_compared_and_places_are_not() -> None:
-    compared = resume.knobs(micro_config())
+    compared = resume.shared_knobs(micro_config())
     assert {"optim.lr", "seed", "save.every", "run.log_every", "run.max_skips", "save.max_failures"} <= compared.keys()
     assert not {"out", "data.root", "data.workers"} & compared.keys()

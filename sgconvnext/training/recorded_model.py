@@ -1,4 +1,4 @@
-"""What a checkpoint says of the model that its weights are of: two models can have the same shapes and differ."""
+"""Which model a checkpoint's weights were trained in: other models of the same shapes may compute something else."""
 
 import argparse
 import inspect
@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 from timm.models import split_model_name_tag
 from torch import nn
 
-# Arguments that leave a trained model's function as it is, or that the shapes of its weights tell
-FREE = {
+# Arguments that do not change what a trained model computes, or that the shapes of its weights show
+UNCOMPARED = {
     *("backend", "ls_init_value", "init_values", "head_init_scale", "weight_init", "fused_attn", "output_stride"),
     *("drop_rate", "drop_path_rate", "drop_block_rate", "img_size", "num_classes", "in_chans", "depths", "dims"),
     *("num_scales", "bidirectional", "depth", "embed_dim", "patch_size", "device", "dtype"),
 }
 
 
-class Recorded(NamedTuple):
+class RecordedModel(NamedTuple):
     """Name, arguments and image size that the model was made with."""
 
     name: str
@@ -37,7 +37,7 @@ class Recorded(NamedTuple):
         Raises:
             ValueError: naming what differs, both values and the cure.
         """
-        if ":" in name + self.name:  # a folder, or the hub: what these are made of is not written here
+        if ":" in name + self.name:  # of a folder or the hub: the arguments are not recorded
             return
         before, now = (split_model_name_tag(each)[0] for each in (self.name, name))
         if before != now:
@@ -45,11 +45,11 @@ class Recorded(NamedTuple):
                 f"checkpoint {path!r} was trained as {self.name}, this model is {name}; use model.name={self.name}"
             )
         defaults = {key: each.default for key, each in inspect.signature(type(model).__init__).parameters.items()}
-        free = FREE | {"global_pool"} if new_head else FREE
+        uncompared = UNCOMPARED | {"global_pool"} if new_head else UNCOMPARED
         # entry points of timm's own models set arguments, which are not known here
         ours = type(model).__module__.startswith("sgconvnext.")
         keys = self.arguments.keys() | arguments.keys() if ours else self.arguments.keys() & arguments.keys()
-        for key in sorted(keys - free):
+        for key in sorted(keys - uncompared):
             then, here = (_plain(given.get(key, defaults.get(key))) for given in (self.arguments, arguments))
             if then != here and not key.endswith("_drop_rate"):
                 raise ValueError(
@@ -58,19 +58,19 @@ class Recorded(NamedTuple):
                 )
 
 
-def recorded(state: dict[str, Any]) -> Recorded | None:
-    """Out of a checkpoint of train.py or of timm's, or an exported file; None if it holds weights alone."""
+def recorded_model(state: dict[str, Any]) -> RecordedModel | None:
+    """What a checkpoint of train.py or timm, or an exported file, says of its model; None for weights alone."""
     args = state.get("args")
     if isinstance(args, dict) and isinstance(args.get("model"), dict):
         model = args["model"]
-        return Recorded(str(model.get("name", "")), model.get("kwargs") or {}, model.get("img_size"))
+        return RecordedModel(str(model.get("name", "")), model.get("kwargs") or {}, model.get("img_size"))
     if isinstance(args, argparse.Namespace) and isinstance(state.get("arch"), str):
         given = dict(getattr(args, "model_kwargs", None) or {})
-        return Recorded(state["arch"], given, given.get("img_size"))
+        return RecordedModel(state["arch"], given, given.get("img_size"))
     exported = state.get("metadata")
     if isinstance(exported, dict) and {"timm_model_args", "arch"} <= exported.keys():  # of sgconvnext.export
         given = json.loads(exported["timm_model_args"])
-        return Recorded(exported["arch"], given, given.get("img_size"))
+        return RecordedModel(exported["arch"], given, given.get("img_size"))
     return None
 
 

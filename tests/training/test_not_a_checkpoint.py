@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sgconvnext.training import checkpoint
-from sgconvnext.training.recorded import recorded
+from sgconvnext.training.recorded_model import recorded_model
 
 WEIGHTS = OrderedDict(weight=torch.arange(6.0).view(2, 3), bias=torch.ones(2))
 STATE = {"state_dict": WEIGHTS}
@@ -149,7 +149,7 @@ def test_checksum_may_name_a_path_or_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("metadata", [None, {}, {"timm_model_args": "{}"}])
 def test_metadata_of_somebody_elses_is_no_record(metadata: object) -> None:
-    assert recorded({"state_dict": {}, "metadata": metadata}) is None
+    assert recorded_model({"state_dict": {}, "metadata": metadata}) is None
 
 
 def test_checksum_names_the_file_that_it_is_of(tmp_path: Path) -> None:

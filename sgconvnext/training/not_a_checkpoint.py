@@ -5,7 +5,7 @@ import string
 import zipfile
 from pathlib import Path
 
-# What torch.save begins its older files with, before any weight
+# The beginning of files that torch.save wrote before torch 1.6
 _TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
 _BINARY = {
     b"\x89PNG": "a PNG image",
@@ -26,7 +26,7 @@ _NOTHING = "it is nothing that torch.save or safetensors writes, or its beginnin
 
 
 def reason(path: Path) -> str:
-    """Why no weights can be read from a file, and the cure; '' where nothing speaks against it."""
+    """Why no weights can be read from a file, and the cure; '' if nothing is wrong with its first bytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(4096)
@@ -41,7 +41,7 @@ def reason(path: Path) -> str:
         return _zip_reason(path)
     if is_safetensors(path):
         return _safetensors_reason(path, size)
-    if path.suffix == ".onnx" or (head[:1] == b"\x08" and head[2:3] == b"\x12"):  # IR version, name of the writer
+    if path.suffix == ".onnx" or (head[:1] == b"\x08" and head[2:3] == b"\x12"):  # format's version, writer's name
         return f"it is an ONNX model, a graph for other programs; {_OTHERWISE} that it was made from"
     if head.startswith(b"\x80"):
         return "" if _TORCH_MAGIC in head[:64] else f"it is a pickle that torch.save did not write; {_OTHERWISE}"
@@ -58,7 +58,7 @@ def folder_reason(path: Path) -> str:
 
 
 def is_safetensors(path: Path) -> bool:
-    """By what is in it, whatever its name: the length of a header, then the header's brace."""
+    """Whether a file, whatever its name, begins with the length of a header and the header's brace."""
     with path.open("rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 100 * 2**20
@@ -107,7 +107,7 @@ def _text_reason(path: Path, head: bytes) -> str:
     try:
         text = head.decode().lstrip("\ufeff \r\n\t")
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 3:  # else the last letter is cut by the end of what was read
+        if error.start < len(head) - 3:  # else the last letter is only cut off where reading stopped
             return _NOTHING
         text = head[: error.start].decode()
     if "\0" in text:

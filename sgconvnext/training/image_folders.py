@@ -17,8 +17,8 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar, TarState
 
 from ..errors import shortened
 
-# The pictures that Pillow reads by itself, whichever version is here: what is a sample must not depend on it. Left out
-# are drawings and documents (.svg, .eps, .psd), scientific arrays, icons and films.
+# The pictures that Pillow reads by itself. What is a sample must not depend on the version of Pillow. Left out are
+# drawings and documents (.svg, .eps, .psd), scientific arrays, icons and films.
 SUFFIXES = frozenset(
     {
         *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf"),
@@ -26,7 +26,7 @@ SUFFIXES = frozenset(
         ".webp",
     }
 )
-BLOCK = 512  # bytes; tar's unit, of which two of zeros are its end
+BLOCK = 512  # bytes; a tar file consists of such blocks and ends with two of zeros
 
 Parts = tuple[str, ...]  # of a folder's path below the split
 
@@ -40,11 +40,11 @@ class Listing:
         self.folders: set[Parts] = {()}
 
     def add(self, folder: Parts, path: str, found: Any) -> None:
-        """A file, with what a reader opens it by."""
+        """Add a file, with what a reader needs to open it."""
         self.folders.add(folder)
         name = posixpath.basename(path)
         stem, suffix = os.path.splitext(name)
-        if name.startswith("._"):  # macOS's notes on the file of that name, which are no picture
+        if name.startswith("._"):  # macOS's notes on a picture are no picture
             self.others[folder, "._*"] += 1
         elif suffix.lower() in SUFFIXES:
             self.images.append((folder, path, found))
@@ -56,7 +56,7 @@ class Listing:
         return _by_suffix(self.others)
 
     def labels(self, depth: int = 0) -> list[str]:
-        """Every image's class: the name of the folder that lies so deep below the split, whatever lies deeper.
+        """Every image's class: the name of the folder above it that lies ``depth`` folders below the split.
 
         Raises:
             ValueError: an image lies in no class folder or in a hidden one, or a class folder holds no image.
@@ -103,14 +103,14 @@ def natural(name: str) -> list[Any]:
 def numbered(labels: list[str], plain: bool = False) -> dict[str, int]:
     """Classes by name, in timm's order, or in torchvision's where ``plain``.
 
-    Where timm's is none, for names that differ only in capitals or leading zeros, that of their characters decides:
-    timm sorts a set, so that there the order was the one of Python's hashes, another in every process.
+    Names that differ only in capitals or leading zeros are equal in timm's order; here their characters decide. timm
+    sorts a set, so that its order of such names is the one of Python's hashes, another in every process.
     """
     names = sorted(set(labels)) if plain else sorted(set(labels), key=lambda name: (natural(name), name))
     return {name: number for number, name in enumerate(names)}
 
 
-class Folder(ReaderImageFolder):  # type: ignore[misc]
+class FolderReader(ReaderImageFolder):  # type: ignore[misc]
     """timm's reader of a folder of class folders, with a list of our own.
 
     Args:
@@ -158,21 +158,21 @@ def _walk(root: str) -> Listing:
         for name in files:
             path = os.path.join(folder, name)
             lost = os.path.islink(path) and not os.path.exists(path)
-            if lost and os.path.splitext(name)[1].lower() not in SUFFIXES:  # it may have been a folder of images
+            if lost and os.path.splitext(name)[1].lower() not in SUFFIXES:  # which may have been a folder of images
                 raise ValueError(f"the link {path} leads nowhere; mend or remove it")
             found.add(parts, path, path)
     return found
 
 
 def unread_beside(root: str, read: set[str]) -> Counter[str]:
-    """How many files of a folder are not among those that somebody else's list reads, by suffix."""
+    """How many files of a folder, by suffix, are not in another reader's list of files ``read``."""
     found = _walk(root)
     return found.unread() + Counter(
         os.path.splitext(path)[1].lower() for _, path, _ in found.images if path not in read
     )
 
 
-class Tar(ReaderImageInTar):  # type: ignore[misc]
+class TarReader(ReaderImageInTar):  # type: ignore[misc]
     """timm's reader of a tar file, with a list of our own.
 
     Folders that all files share, such as the split's own, are passed over; a tar file in it is a folder of its name.
@@ -198,7 +198,7 @@ class Tar(ReaderImageInTar):  # type: ignore[misc]
         self.unread = found.unread()
         labels = found.labels(_shared(found))
         self.class_name_to_idx = numbered(labels)
-        # as timm: by path, and between equals those of inner tar files first, then as they lie in the file
+        # timm's order: by path; of equal ones, files in inner tar files first, then as they lie in the file
         order = sorted(range(len(labels)), key=lambda i: found.images[i][2][2] is None)
         order.sort(key=lambda i: natural(found.images[i][1]))
         self.samples = [found.images[i][2] for i in order]
@@ -251,7 +251,7 @@ def _followed(link: tarfile.TarInfo, files: dict[str, tarfile.TarInfo]) -> tarfi
 
 
 def refuse_rest(tar: tarfile.TarFile) -> None:
-    """See that a tar file that was read through ends where tarfile says, which takes a broken header for the end.
+    """Refuse a tar file that goes on where tarfile has found its end: tarfile takes a broken header for the end.
 
     Raises:
         tarfile.ReadError: it has no end mark, or more behind it, as when tar files are joined by cat.
