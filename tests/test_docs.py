@@ -21,7 +21,7 @@ import train
 import validate
 from sgconvnext.models.sgconvnext import SIZES
 from sgconvnext.profile import flops
-from sgconvnext.training.config import load_config, parse_overrides
+from sgconvnext.training.config import from_dict, load_config
 from sgconvnext.training.folders import SUFFIXES
 
 README = ROOT / "README.md"
@@ -104,7 +104,7 @@ def parse_torchrun(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Non
 
 def parse_validate(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["validate.py", *arguments])
-    parse_overrides(validate.parse_args().overrides)
+    from_dict({}, "validate.py", validate.parse_args().overrides)
 
 
 def parse_module(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
