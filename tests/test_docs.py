@@ -22,7 +22,7 @@ import validate
 from sgconvnext.models.sgconvnext import SIZES
 from sgconvnext.profile import flops
 from sgconvnext.training.config import from_dict, load_config
-from sgconvnext.training.folders import SUFFIXES
+from sgconvnext.training.image_folders import SUFFIXES
 
 README = ROOT / "README.md"
 PAGES = {
