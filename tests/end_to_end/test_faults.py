@@ -1,4 +1,4 @@
-"""Every fault of the README's table, put into the real train.py once, and what it says."""
+"""Every fault of the table in docs/interrupted-runs.md, put into the real train.py once, and what it says."""
 
 import contextlib
 import json

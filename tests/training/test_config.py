@@ -74,7 +74,8 @@ FINETUNE_384 = RECIPE | {  # TRAINING.md:293-354
     "optim.layer_decay": 0.7,
     "ema.decay": 0.0,
 }
-SIZES = {"tiny": (0.1, 128), "small": (0.4, 128), "base": (0.5, 128), "large": (0.5, 64)}
+SMALLEST = dict.fromkeys(["atto", "femto", "pico", "nano"], (0.0, 128))
+SIZES = SMALLEST | {"tiny": (0.1, 128), "small": (0.4, 128), "base": (0.5, 128), "large": (0.5, 64)}
 SIZES_384 = {"base": (0.8, False), "large": (0.95, True)}
 
 
