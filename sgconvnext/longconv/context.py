@@ -1,6 +1,7 @@
 """What is at work around a call: a tracer, an export, forward mode, or torch.func."""
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -30,3 +31,18 @@ def is_in_forward_mode() -> bool:
 def is_compiled_transform() -> bool:
     """Whether torch.func is at work inside of what torch.compile compiles."""
     return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def runs_eagerly_on_cpu(x: Tensor) -> bool:
+    """Whether x is an ordinary tensor on a CPU, and nobody looks on: no graph is being built, no transform is at work.
+
+    Nobody looks at the operators either, as a counter of FLOPs does. A counter has to see operators that it knows.
+    """
+    if torch.compiler.is_compiling() or is_recorded() or is_transformed() or torch._C._len_torch_dispatch_stack():
+        return False
+    return type(x) is Tensor and x.device.type == "cpu"
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward mode is at work. Their tensors must not be kept."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

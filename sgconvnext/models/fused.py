@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from ..longconv import available_backends
-from .eager import is_transformed, runs_eagerly_on_cpu
+from ..longconv.context import is_transformed, runs_eagerly_on_cpu
 from .kept import forget
 from .packed_mlp import PackedMlp, packed
 

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..longconv import choose_backend, freeze, long_conv
+from ..longconv.context import is_transformed, runs_eagerly_on_cpu
 from ..longconv.fft import plain_long_conv
-from .eager import is_transformed, of_one_size, record_whole, runs_eagerly_on_cpu
 from .generator import KernelGenerator
 from .input_size import map_size, resize_taps, stretch
 from .kept import kept
@@ -28,6 +28,17 @@ def _check_input(x: Tensor, channels: int, layout: str) -> None:
         raise ValueError(f"x is {tuple(x.shape)}: it has no token; this layer needs at least one")
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}; this layer takes floating point: convert it with x.float()")
+
+
+def _of_one_size(x: Tensor) -> Tensor:
+    """x. A trace holds for one size: at any other size it has to fail, and not to convolve something else."""
+    return x.expand(-1, -1, *map(int, x.shape[2:])) if torch.jit.is_tracing() else x
+
+
+def _record_whole(layer: nn.Module, x: fx.Proxy, **options: Any) -> Any:
+    """The layer as one node of a symbolic trace, which knows no shapes: torch's own layers are recorded so too."""
+    tracer: Any = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), options)
 
 
 def _convolve(layer: Any, x: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -99,9 +110,9 @@ class SGConv(KernelGenerator):
     def forward(self, x: Tensor, return_kernel: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Map x (B, C, T), T <= L, to y of the same shape and dtype; with return_kernel also k (directions, C, T)."""
         if isinstance(x, fx.Proxy):
-            return record_whole(self, x, return_kernel=return_kernel)
+            return _record_whole(self, x, return_kernel=return_kernel)
         _check_input(x, self.channels, "B, C, L")
-        x = of_one_size(x)
+        x = _of_one_size(x)
         length = self._reach(int(x.shape[-1]) if torch.jit.is_tracing() else x.shape[-1])
         if return_kernel:
             kernel = self.kernel()[..., :length]
@@ -231,9 +242,9 @@ class SGConv2d(KernelGenerator):
         """Map x (B, C, H, W) to y of the same shape and dtype."""
         if not torch.jit.is_scripting():
             if isinstance(x, fx.Proxy):
-                return record_whole(self, x)
+                return _record_whole(self, x)
             _check_input(x, self.channels, "B, C, H, W")
-            x = of_one_size(x)
+            x = _of_one_size(x)
         size = (x.shape[2], x.shape[3])
         if self.dilation > 1:
             x = _split_phases(x, self.dilation)

@@ -45,6 +45,7 @@ class RecordedModel(NamedTuple):
                 f"checkpoint {path!r} was trained as {self.name}, this model is {name}; use model.name={self.name}"
             )
         defaults = {key: each.default for key, each in inspect.signature(type(model).__init__).parameters.items()}
+        defaults |= getattr(model, "kernel_defaults", {})
         uncompared = UNCOMPARED | {"global_pool"} if new_head else UNCOMPARED
         # entry points of timm's own models set arguments, which are not known here
         ours = type(model).__module__.startswith("sgconvnext.")
