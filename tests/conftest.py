@@ -19,6 +19,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have us, and the run
 torch.set_num_threads(1)  # the tensors are tiny: on a busy machine threads would mostly wait for each other
 
 
+@pytest.hookimpl(tryfirst=True)  # before the option -m chooses by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "end_to_end" in item.path.parts:
+            item.add_marker("end_to_end")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
