@@ -28,6 +28,7 @@ class KernelGenerator(nn.Module):
     `reparameterize` none of them, but the buffer ``taps``: (C, 2L-1) if bidirectional, else (C, L).
     """
 
+    options: KernelOptions
     if TYPE_CHECKING:  # TorchScript would take these for the types of what is there now
         kernel_norm: Tensor
         taps: Tensor | None

@@ -52,11 +52,11 @@ def _refuse_another_kernel(model: "SGConvNeXt", name: str) -> None:
     saved = getattr(model, "pretrained_model_args", {})
     if not saved:
         return
-    here = next(layer for _, layer in _mixers(model)).options
-    then = kernel_options(**{key: saved[key] for key in here._fields if key in saved})
+    given = {key: saved.get(key, default) for key, default in model.kernel_defaults.items()}
+    here, then = next(layer for _, layer in _mixers(model)).options, kernel_options(**given)
     for key in ("decay", "alpha") if here.decay == "scale" else ("decay", "exponent"):
         if getattr(then, key) != getattr(here, key):
-            told = f"{key}={saved.get(key, getattr(then, key))}, not {getattr(here, key)}"
+            told = f"{key}={given[key]}, not {getattr(here, key)}"
             raise ValueError(f"{name}: the pretrained file was trained with {told}; leave {key} out")
 
 

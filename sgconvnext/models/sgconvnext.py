@@ -2,7 +2,8 @@
 
 import functools
 from inspect import signature
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -72,7 +73,10 @@ class SGConvNeXt(nn.Module):
         ValueError: an image size below 32, an unknown output stride, or an option that SGConv2d refuses.
     """
 
-    kernel_defaults: ClassVar = {name: option.default for name, option in signature(kernel_options).parameters.items()}
+    # a dict would be a constant for TorchScript, which has none
+    kernel_defaults = MappingProxyType(
+        {name: each.default for name, each in signature(kernel_options).parameters.items()}
+    )
 
     def __init__(
         self,

@@ -93,23 +93,6 @@ def test_taps_of_a_signal_are_those_that_it_reaches(bidirectional: bool, length:
         assert relative_error(inferred(module, x), want) <= 1e-6
 
 
-def test_taps_are_made_once_in_evaluation_and_anew_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    generate = layer.multiscale_kernel
-    monkeypatch.setattr(layer, "multiscale_kernel", lambda *a: made.append(1) or generate(*a))
-    module, x = SGConv2d(6, 8), images(2, 6, 8, 8)
-    made.clear()
-    for _ in range(3):
-        inferred(module.eval(), x)
-    assert len(made) == 1
-    copied = copy.deepcopy(module)
-    assert copied._fixed_model is None
-    for _ in range(3):
-        inferred(module.train(), x)
-        rebuilt(module.eval(), x)
-    assert len(made) == 7
-
-
 @pytest.mark.parametrize("backend", ["auto", "fft", "toeplitz", "dft", "reference"])
 @pytest.mark.parametrize("options", [{}, {"bidirectional": False}, {"dilation": 2}, {"decay": "position"}], ids=str)
 def test_reparameterized_layer_gives_the_same_at_every_size(options: dict[str, Any], backend: str) -> None:
