@@ -8,7 +8,8 @@
 
 A model is timm's name for it, with arguments of its own after commas: sgconvnext_tiny,backend=fft,num_scales=4
 
-After --seconds, or Ctrl-C, a command prints what it has measured and says what it did not reach.
+After --seconds, or Ctrl-C, a command prints what it has measured and says what it did not reach. It ends with exit
+code 130 after Ctrl-C, and with 1 if a measurement failed or a result is wrong.
 """
 
 import argparse
@@ -183,7 +184,10 @@ def _throughput(sub: Parser) -> None:
     _add_models(sub)
     _add_size(sub)
     _add_batches(sub, [1])
-    text = f"run every model in these ways: {', '.join([EAGER, *WAYS])}, or some joined by +; name the best ({EAGER})"
+    text = (
+        f"ways to run every model, in one table: {', '.join([EAGER, *WAYS])}, or several of the last joined by +. "
+        f"With more than one way, a second table names the fastest of each model ({EAGER})"
+    )
     sub.add_argument("--run", type=way, nargs="+", default=[[]], metavar="WAY", help=text)
     _add_ways(sub)
     text = "compare N models at a time; a ratio is to the first of its group (all models)"
@@ -241,13 +245,13 @@ def _add_shapes(sub: Parser) -> None:
 
 
 def _add_ways(sub: Parser) -> None:
-    sub.add_argument("--compile", action="store_true", help="compile every model by torch.compile")
+    sub.add_argument("--compile", action="store_true", help="compile every model with torch.compile")
     sub.add_argument("--reparameterize", action="store_true", help="call timm's reparameterize_model for every model")
     sub.add_argument("--channels-last", action="store_true", help="run every model in channels-last memory format")
 
 
 def _add_timing(sub: Parser, modes: list[str], round_seconds: float) -> None:
-    text = f"forward, or forward and backward ({' '.join(modes)})"
+    text = f"inference: forward; training: also backward, and for a model the optimizer's step ({' '.join(modes)})"
     sub.add_argument("--mode", nargs="+", choices=("inference", "training"), default=modes, help=text)
     sub.add_argument("--dtype", choices=DTYPES, default="fp32", help="half precision is by autocast (fp32)")
     sub.add_argument(
@@ -262,11 +266,16 @@ def _add_clock(sub: Parser, rounds: int, round_seconds: float) -> None:
         "In every round the things that are compared take turns. A ratio is the median of the ratios of all pairs of "
         "turns, and can differ from the quotient of two speeds in the table."
     )
-    sub.add_argument("--rounds", type=console.count, default=rounds, metavar="N", help=f"number of rounds ({rounds})")
+    sub.add_argument(
+        "--rounds", type=console.count, default=rounds, metavar="N", help=f"rounds of each measurement ({rounds})"
+    )
     seconds: dict[str, Any] = {"type": console.seconds, "metavar": "S"}
-    text = f"time for each thing in one round ({round_seconds:g})"
+    text = f"seconds for which each thing is timed in one round ({round_seconds:g})"
     sub.add_argument("--round-seconds", **seconds, default=round_seconds, help=text)
-    text = "time for the whole command; then print what was measured, and say what was not reached (no limit)"
+    text = (
+        "seconds for the whole command: then it finishes the round that it is in, prints what it has measured and "
+        "says what it did not reach (no limit)"
+    )
     sub.add_argument("--seconds", **seconds, default=math.inf, help=text)
     _add_output(sub)
 

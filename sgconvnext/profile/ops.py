@@ -238,7 +238,8 @@ def results(backend: str, x: Tensor, taps: Tensor, dy: Tensor) -> list[Tensor]:
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """||got - want|| / ||want||; NaN where something is not finite."""
-    return float((got.double() - want.double()).norm() / want.double().norm())
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm())
 
 
 def is_wrong(errors: dict[str, float], layer: Layer) -> bool:

@@ -38,7 +38,7 @@ COMPILED = 8  # torch's recompile_limit: beyond it models would run eagerly, and
 def tables(
     models: Sequence[str], comparisons: Sequence[Sequence[Workload]], group: int, session: Session
 ) -> list[Table]:
-    """Speed and memory of models, each compared with the first of its group; with several runs also the best of each.
+    """Speed and memory of models, compared with the first of their group; run in several ways, also the best of each.
 
     Args:
         models: names, with arguments after commas.

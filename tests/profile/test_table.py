@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from sgconvnext.profile import table
 from sgconvnext.profile.table import STYLES, Table, device_name, environment, render
 
 FACTS = {"device": "abacus", "threads": 2, "command": "python -m sgconvnext.profile flops a|b"}
@@ -71,3 +73,11 @@ def test_environment_names_device_versions_threads_and_command() -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_every_style_ends_with_a_line_break(style: str) -> None:
     assert render([TABLE], FACTS, style).endswith("\n")
+
+
+def test_driver_is_named_where_nvidia_smi_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "driver, power limit, top clock" not in table._driver()
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho '580.1, 700.00 W, 1980 MHz'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert table._driver()["driver, power limit, top clock"] == "580.1, 700.00 W, 1980 MHz"
