@@ -279,7 +279,7 @@ TILES_PLAN = replace(PLAN, forward_batch=17, backward_batch=18, rounds=1)
 def programs(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The Triton programs in the interpreter, for two candidates of each operator."""
     pytest.importorskip("triton")
-    if not triton_toeplitz._RUNS_ON_CPU:
+    if not triton_toeplitz._INTERPRETED:
         pytest.skip("of the interpreter")
     from sgconvnext.longconv.triton import programs as triton_programs
 
