@@ -1,4 +1,4 @@
-"""What takes Triton's interpreter long: every tile, every access to memory, the signals of the first stage.
+"""What takes Triton's interpreter long: every tile, every access to memory, long signals.
 
 On a GPU, if there is one, else interpreted. Memory that nothing is written to is NaN here.
 """
@@ -35,9 +35,12 @@ def here(length: int, causal: bool, dtype: torch.dtype, size: tuple[int, int] | 
     return Case(*(tensor.to(DEVICE) for tensor in inputs[:3]), {k: v.to(DEVICE) for k, v in inputs.truth.items()})
 
 
+@pytest.mark.parametrize(("length", "size"), [(196, (65, 1)), (784, (3, 1)), (3136, (2, 1))], ids=str)
 @pytest.mark.parametrize(("dtype", "causal"), [(torch.bfloat16, False), (torch.float16, True)], ids=str)
-def test_backend_matches_definition_at_the_length_of_the_first_stage(dtype: torch.dtype, causal: bool) -> None:
-    x, taps, dy, truth = here(3136, causal, dtype, (2, 1))
+def test_backend_matches_definition_at_the_lengths_of_the_stages(
+    dtype: torch.dtype, causal: bool, length: int, size: tuple[int, int]
+) -> None:
+    x, taps, dy, truth = here(length, causal, dtype, size)
     bound = {torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
     for name, got in run(x, taps, dy, "triton").items():
         assert relative_error(got, truth[name]) <= (2e-6 if name == "dtaps" else bound), name

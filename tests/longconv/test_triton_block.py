@@ -3,10 +3,7 @@
 Memory that nothing is written to is NaN here. What needs no numbers runs on the meta device.
 """
 
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -165,7 +162,7 @@ def test_residual_matches_definition(
 
 
 @pytest.mark.parametrize("kind", [Norm, Residual])
-@pytest.mark.parametrize("shape", [(3, 3, 49), (3, 96, 197), (3, 1536, 1)])
+@pytest.mark.parametrize("shape", [(3, 3, 49), (3, 96, 49)])
 def test_second_run_gives_the_same_bits(
     shape: tuple[int, int, int], kind: type[Norm | Residual], few_programs: None
 ) -> None:
@@ -389,15 +386,6 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # What needs no numbers
-
-
-@pytest.mark.parametrize("module", ["sgconvnext, sgconvnext.profile", "sgconvnext.longconv.triton.block"])
-def test_programs_are_not_imported_before_one_runs(module: str) -> None:
-    code = f"import sys; sys.modules['triton'] = None; import {module}; "
-    code += "assert not {name for name in sys.modules if name.startswith('sgconvnext') and 'programs' in name}"
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def on_meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
