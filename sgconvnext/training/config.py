@@ -13,22 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from ..files import expand
-from .knob import (
-    ANY,
-    AT_LEAST_0,
-    AT_LEAST_1,
-    BELOW_1,
-    FACTOR,
-    INCREASING,
-    POSITIVE,
-    SEE_PAIRS,
-    SHARE,
-    Knob,
-    Limits,
-    between,
-    knob,
-    smallest,
-)
+from .knob import ANY, BELOW_1, FACTOR, POSITIVE, SEE_PAIRS, Knob, Limits, at_least, between, knob
 from .typed import build, merge, sections, typed
 from .yaml_files import Layer, read_layers, read_overrides
 
@@ -44,12 +29,10 @@ class ModelConfig:
 
     name: str = knob("sgconvnext_tiny", "timm model name")
     num_classes: int | None = knob(
-        None, "outputs; null: as many as the data has classes; needed where the data cannot tell", AT_LEAST_1
+        None, "outputs; null: as many as the data has classes; needed where the data cannot tell", at_least(1)
     )
     img_size: int | tuple[int, int] | None = knob(
-        None,
-        "pixels for which a model that is tied to a size is built; null: data.img_size",
-        Limits(lambda value: smallest(value) >= 1, "at least 1"),
+        None, "pixels for which a model that is tied to a size is built; null: data.img_size", at_least(1)
     )
     drop_path: float | None = knob(
         None, "stochastic depth, from 0 in the first block to this in the last; null: the model's own", BELOW_1
@@ -82,14 +65,12 @@ class DataConfig:
     )
     val_split: str = knob("val", "likewise, for validation", path=True)
     train_samples: int | None = knob(
-        None, "images per epoch, for datasets that cannot tell (wds, synthetic)", AT_LEAST_1
+        None, "images per epoch, for datasets that cannot tell (wds, synthetic)", at_least(1)
     )
-    val_samples: int | None = knob(None, "validation images, for datasets that cannot tell", AT_LEAST_1)
+    val_samples: int | None = knob(None, "validation images, for datasets that cannot tell", at_least(1))
     download: bool = knob(False, "let torch/... datasets download what is missing", resume="free")
     img_size: int | tuple[int, int] = knob(
-        224,
-        "pixels, height and width",
-        Limits(lambda value: smallest(value) >= 32, "at least 32 pixels, for one token in the last stage"),
+        224, "pixels, height and width", at_least(32, "at least 32 pixels, for one token in the last stage")
     )
     crop_pct: float = knob(
         0.875, "evaluation: the image is resized to img_size / crop_pct, then cropped", between(0.1, 1)
@@ -99,9 +80,7 @@ class DataConfig:
     )
     interpolation: Literal["bicubic", "bilinear", "nearest"] = knob("bicubic", "of every resize")
     mean: tuple[float, float, float] = knob(IMAGENET_MEAN, "subtracted from the channels, which are in 0..1", ANY)
-    std: tuple[float, float, float] = knob(
-        IMAGENET_STD, "divides the channels, after mean", Limits(lambda value: min(value) > 0, "positive")
-    )
+    std: tuple[float, float, float] = knob(IMAGENET_STD, "divides the channels, after mean", POSITIVE)
     upright: bool = knob(False, "turn images as their EXIF orientation says; ConvNeXt, timm and torchvision do not")
     max_unreadable: float = knob(
         0.01, "share of a split's images that may be unreadable before the run stops", BELOW_1, resume="free"
@@ -125,17 +104,21 @@ class AugmentConfig:
         "random resized crop: share of the area",
         Limits(lambda value: 0 < value[0] <= value[1] <= 1, "0 < low <= high <= 1"),
     )
-    ratio: tuple[float, float] = knob((3 / 4, 4 / 3), "random resized crop: width over height", INCREASING)
-    hflip: float = knob(0.5, "probability of a left-right flip", SHARE)
+    ratio: tuple[float, float] = knob(
+        (3 / 4, 4 / 3),
+        "random resized crop: width over height",
+        Limits(lambda value: 0 < value[0] <= value[1], "0 < low <= high"),
+    )
+    hflip: float = knob(0.5, "probability of a left-right flip", between(0, 1))
     auto_augment: str = knob("", "timm's policy string, e.g. rand-m9-mstd0.5-inc1; '': none")
-    color_jitter: float = knob(0.0, "brightness, contrast, saturation; has no effect under auto_augment", AT_LEAST_0)
-    reprob: float = knob(0.0, "random erasing: probability per image", SHARE)
+    color_jitter: float = knob(0.0, "brightness, contrast, saturation; has no effect under auto_augment", at_least(0))
+    reprob: float = knob(0.0, "random erasing: probability per image", between(0, 1))
     remode: Literal["const", "rand", "pixel"] = knob("pixel", "random erasing: what fills the hole")
     recount: int = knob(1, "random erasing: holes per image", between(1, 1000))
-    mixup: float = knob(0.0, "alpha of mixup; 0: off", AT_LEAST_0)
-    cutmix: float = knob(0.0, "alpha of cutmix; 0: off", AT_LEAST_0)
-    mixup_prob: float = knob(1.0, "probability that a batch is mixed at all", SHARE)
-    mixup_switch_prob: float = knob(0.5, "probability of cutmix where both are on", SHARE)
+    mixup: float = knob(0.0, "alpha of mixup; 0: off", at_least(0))
+    cutmix: float = knob(0.0, "alpha of cutmix; 0: off", at_least(0))
+    mixup_prob: float = knob(1.0, "probability that a batch is mixed at all", between(0, 1))
+    mixup_switch_prob: float = knob(0.5, "probability of cutmix where both are on", between(0, 1))
     mixup_mode: Literal["batch", "pair", "elem"] = knob("batch", "what shares one mixing weight")
     smoothing: float = knob(0.0, "label smoothing", BELOW_1)
 
@@ -145,23 +128,19 @@ class OptimConfig:
     """AdamW and its schedule."""
 
     global_batch: int = knob(
-        256, "images per update over all devices; lr is never rescaled with it", AT_LEAST_1, order="always"
+        256, "images per update over all devices; lr is never rescaled with it", at_least(1), order="always"
     )
     batch_per_device: int = knob(
-        256, "images per forward; the accumulation steps follow from both", AT_LEAST_1, order="shards"
+        256, "images per forward; the accumulation steps follow from both", at_least(1), order="shards"
     )
     lr: float = knob(1e-3, "peak learning rate", POSITIVE)
     min_lr: float = knob(1e-6, "learning rate at the end of the cosine", SEE_PAIRS)
     warmup_epochs: int = knob(
         0, "epochs, out of all, in which the rate rises linearly from 0 to lr, both included", SEE_PAIRS
     )
-    weight_decay: float = knob(0.05, "of all but biases and other one-dimensional parameters", AT_LEAST_0)
-    betas: tuple[float, float] = knob(
-        (0.9, 0.999),
-        "AdamW's averages",
-        Limits(lambda value: 0 <= min(value) <= max(value) < 1, "at least 0 and below 1"),
-    )
-    eps: float = knob(1e-8, "AdamW's denominator", AT_LEAST_0)
+    weight_decay: float = knob(0.05, "of all but biases and other one-dimensional parameters", at_least(0))
+    betas: tuple[float, float] = knob((0.9, 0.999), "AdamW's averages", BELOW_1)
+    eps: float = knob(1e-8, "AdamW's denominator", at_least(0))
     layer_decay: float = knob(1.0, "factor on lr per layer below the head, as ConvNeXt groups them; 1: off", FACTOR)
     clip_grad: float | None = knob(
         None,
@@ -188,9 +167,9 @@ class RunConfig:
     tf32: bool = knob(False, "let CUDA round the inputs of float32 products to TF32")
     cudnn_benchmark: bool = knob(True, "let cuDNN time its programs and take the fastest", resume="free")
     max_skips: int = knob(
-        20, "fp16: updates in a row that the loss scaler may skip before the run stops", AT_LEAST_0, resume="free"
+        20, "fp16: updates in a row that the loss scaler may skip before the run stops", at_least(0), resume="free"
     )
-    log_every: int = knob(50, "updates between two lines of the log", AT_LEAST_1, resume="free")
+    log_every: int = knob(50, "updates between two lines of the log", at_least(1), resume="free")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -200,12 +179,12 @@ class SaveConfig:
     every: int | None = knob(
         None,
         "updates between two checkpoints within an epoch; null: only at its end",
-        Limits(lambda value: value >= 1, "at least 1, or null"),
+        at_least(1, "at least 1, or null"),
         resume="free",
     )
-    keep: int = knob(3, "how many of the newest checkpoints stay, beside the best", AT_LEAST_1, resume="free")
+    keep: int = knob(3, "how many of the newest checkpoints stay, beside the best", at_least(1), resume="free")
     max_failures: int = knob(
-        5, "failures to save in a row, as on a full disk, before the run stops", AT_LEAST_1, resume="free"
+        5, "failures to save in a row, as on a full disk, before the run stops", at_least(1), resume="free"
     )
 
 

@@ -15,23 +15,24 @@ class Limits(NamedTuple):
     spoken: str
 
 
+def _each(holds: Callable[[Any], bool], spoken: str) -> Limits:
+    """For a number, or for both numbers of a pair."""
+    return Limits(lambda value: all(map(holds, value)) if isinstance(value, tuple) else holds(value), spoken)
+
+
+def at_least(low: float, spoken: str = "") -> Limits:
+    """``low`` included."""
+    return _each(lambda value: value >= low, spoken or f"at least {low}")
+
+
 def between(low: float, high: float) -> Limits:
     """Both ends included."""
-    return Limits(lambda value: low <= value <= high, f"between {low} and {high}")
+    return _each(lambda value: low <= value <= high, f"between {low} and {high}")
 
 
-def smallest(size: int | tuple[int, int]) -> int:
-    """Of an image size: its height or its width."""
-    return size if isinstance(size, int) else min(size)
-
-
-AT_LEAST_0 = Limits(lambda value: value >= 0, "at least 0")
-AT_LEAST_1 = Limits(lambda value: value >= 1, "at least 1")
-POSITIVE = Limits(lambda value: value > 0, "positive")
-SHARE = between(0, 1)
-BELOW_1 = Limits(lambda value: 0 <= value < 1, "at least 0 and below 1")
-FACTOR = Limits(lambda value: 0 < value <= 1, "above 0 and at most 1")
-INCREASING = Limits(lambda value: 0 < value[0] <= value[1], "0 < low <= high")
+POSITIVE = _each(lambda value: value > 0, "positive")
+BELOW_1 = _each(lambda value: 0 <= value < 1, "at least 0 and below 1")
+FACTOR = _each(lambda value: 0 < value <= 1, "above 0 and at most 1")
 ANY = Limits(lambda value: True, "any")
 SEE_PAIRS = ANY  # the limit is another knob, see `_check_pairs`
 

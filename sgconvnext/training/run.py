@@ -36,15 +36,7 @@ _logger = logging.getLogger(__name__)
 
 
 def create_training(config: Config, world: World, model: nn.Module, train: Split, accumulation: int) -> Training:
-    """A model with its optimiser, EMA, loss and learning rates; several processes average its gradient.
-
-    Args:
-        config: of the run; model.num_classes is not null any more.
-        world: the processes of the run.
-        model: on the device of this process.
-        train: the images to train on.
-        accumulation: batches per update.
-    """
+    """A model on its device with optimiser, EMA, loss and learning rates; several processes average its gradient."""
     assert config.model.num_classes is not None
     optimizer = optim.create_optimizer(model, config.optim)
     if config.model.compile:

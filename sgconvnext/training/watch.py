@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from .. import figure
 from ..errors import one_line
@@ -22,16 +22,6 @@ Metrics = dict[str, float]  # of one epoch, as `Run.evaluate` names them; "epoch
 def score(metrics: Metrics) -> float:
     """Top-1 of the model or of its EMA, whichever is better; the epoch with the highest is the best."""
     return max(metrics["val_top1"], metrics.get("ema_top1", -math.inf))
-
-
-class Sink(Protocol):
-    """One place that metrics go to."""
-
-    def write(self, history: list[Metrics]) -> None:
-        """Take in the last epoch of all that are finished."""
-
-    def close(self) -> None:
-        """Leave nothing unwritten."""
 
 
 class Watch:
@@ -50,11 +40,12 @@ class Watch:
         out = Path(config.out)
         self.history = list(history)
         self.failed: set[str] = set()
-        lines = Lines(out / "metrics.jsonl")
-        self.sinks: dict[str, Sink] = {"metrics.jsonl": lines}  # comes first: all others can be made from it again
-        self._attempt("metrics.jsonl", partial(lines.write, self.history))
+        # how each takes in the last epoch of a history; the first holds all from which the others can be made again
+        self.sinks: dict[str, Callable[[list[Metrics]], None]] = {"metrics.jsonl": partial(_write_lines, out)}
+        self.closers: dict[str, Callable[[], None]] = {}
+        self._attempt("metrics.jsonl", partial(_write_lines, out, self.history))
         if find_spec("matplotlib"):
-            self.sinks["curves.png"] = Curves(out / "curves.png")
+            self.sinks["curves.png"] = lambda history: draw(history, out / "curves.png")
         if config.watch.tensorboard:
             self._open("tensorboard", partial(TensorBoard, out / "tensorboard", start=len(history)))
         if config.watch.wandb:
@@ -64,16 +55,17 @@ class Watch:
         """Hand the metrics of a finished epoch to every sink."""
         self.history.append(metrics)
         for name, sink in self.sinks.items():
-            self._attempt(name, partial(sink.write, self.history))
+            self._attempt(name, partial(sink, self.history))
 
     def close(self) -> None:
-        """Close every sink."""
-        for name, sink in self.sinks.items():
-            self._attempt(name, sink.close)
+        """Leave nothing unwritten."""
+        for name, closer in self.closers.items():
+            self._attempt(name, closer)
 
-    def _open(self, name: str, create: Callable[[], Sink]) -> None:
+    def _open(self, name: str, create: "Callable[[], TensorBoard | WandB]") -> None:
         try:
-            self.sinks[name] = create()
+            sink = create()
+            self.sinks[name], self.closers[name] = sink.write, sink.close
         except ValueError:  # a mistake of the user, who is still there to read it
             raise
         except Exception as error:
@@ -91,30 +83,9 @@ class Watch:
             _logger.warning("%s failed (%s); the run goes on, and this is said once", name, one_line(error))
 
 
-class Lines:
-    """metrics.jsonl, one epoch a line. It is replaced as a whole, so no kill or full disk leaves half a line in it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, history: list[Metrics]) -> None:
-        write_whole(self.path, "".join(json.dumps(metrics) + "\n" for metrics in history).encode())
-
-    def close(self) -> None:
-        pass
-
-
-class Curves:
-    """curves.png, drawn anew after every epoch."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, history: list[Metrics]) -> None:
-        draw(history, self.path)
-
-    def close(self) -> None:
-        pass
+def _write_lines(out: Path, history: list[Metrics]) -> None:
+    """metrics.jsonl, one epoch a line. The file is replaced as a whole, so no kill or full disk leaves half a line."""
+    write_whole(out / "metrics.jsonl", "".join(json.dumps(metrics) + "\n" for metrics in history).encode())
 
 
 class TensorBoard:
