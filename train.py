@@ -88,9 +88,7 @@ def parse_args() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=describe(), formatter_class=formatter)
     parser.add_argument("config", type=console.path, help="YAML file, such as configs/digits.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="knobs to set, and the word check"
-    )
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="knobs to set, or check")
     args, dashed = parser.parse_known_args()
     args.check = "check" in args.overrides
     args.overrides = [text for text in args.overrides if text != "check"] + dashed  # load_config refuses dashes

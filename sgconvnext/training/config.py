@@ -217,8 +217,7 @@ class Config:
     )
     allow_change: str = knob(
         "",
-        "what may differ from the resumed checkpoint: knobs, sections, processes, device, training_images, "
-        "validation_images",
+        "may differ from the checkpoint: knobs, sections, processes, device, training_images, validation_images",
         resume="free",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
