@@ -2,10 +2,10 @@
 
     python train.py configs/digits.yaml                                                             # one device
     torchrun --nproc-per-node=8 train.py configs/sgconvnext_tiny.yaml data.root=/path/to/imagenet   # one node
-    python train.py configs/digits.yaml check                                                       # only look
+    python train.py configs/digits.yaml check                                                       # check only
 
-Options are section.key=value and override the YAML file; --help lists them all. With ``check`` the run ends before
-its first update, having looked at the data, the arithmetic, memory and disk, and leaves nothing behind.
+A knob, section.key=value, overrides the YAML file; --help lists all knobs. With ``check`` the command checks the data,
+the arithmetic, memory and disk, and ends before the first update. It then leaves nothing behind.
 """
 
 import signal
@@ -88,7 +88,7 @@ def parse_args() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=describe(), formatter_class=formatter)
     parser.add_argument("config", type=console.path, help="YAML file, such as configs/digits.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="knobs to set; or the word check")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="knobs to set, or check")
     args, dashed = parser.parse_known_args()
     args.check = "check" in args.overrides
     args.overrides = [text for text in args.overrides if text != "check"] + dashed  # load_config refuses dashes

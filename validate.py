@@ -1,9 +1,9 @@
-"""Evaluate a checkpoint of train.py on its own validation data, or on another folder laid out alike.
+"""Evaluate a checkpoint of train.py on the validation data of its run, or on another folder of the same layout.
 
     python validate.py --checkpoint runs/digits/best.pth [--data-root PATH] [--use-ema] [section.key=value ...]
 
-Prints one JSON line: top1 and top5 in percent, loss, count, and unreadable, the images that were left out. Under
-torchrun the images are shared out and each is counted once, whatever the number of processes.
+Prints one JSON line: top1 and top5 in percent, loss, count, and unreadable (the number of images left out). Under
+torchrun the processes share the images, and every image counts once.
 """
 
 import signal
@@ -50,8 +50,10 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=console.path, help="last.pth or best.pth of a run")
-    parser.add_argument("--data-root", help="folder that holds the validation split, if not the run's own")
+    parser.add_argument(
+        "--checkpoint", required=True, type=console.path, metavar="PATH", help="last.pth or best.pth of a run"
+    )
+    parser.add_argument("--data-root", metavar="PATH", help="folder that holds the validation split (the run's)")
     parser.add_argument("--use-ema", action="store_true", help="evaluate the average of the weights")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="knobs of the run to change")
     args, dashed = parser.parse_known_args()

@@ -1,4 +1,4 @@
-"""Write the weights of a checkpoint of train.py as safetensors, in the folder layout that timm and its hub read.
+"""Write the weights of a checkpoint of train.py as safetensors, in timm's folder layout.
 
     python -m sgconvnext.export runs/digits/best.pth exported/digits [--use-ema]
 
@@ -8,8 +8,9 @@
     import transformers
     model = transformers.AutoModelForImageClassification.from_pretrained("exported/digits")
 
-The folder's config.json holds the architecture with its arguments, the preprocessing of the run's validation, and the
-names of the classes where the data had names; README.md is a model card, to be completed.
+The folder holds model.safetensors, config.json and README.md. config.json has the architecture with its arguments, the
+preprocessing of the validation, and the names of the classes if the data has names. README.md is a model card;
+complete it before you publish the folder.
 """
 
 import argparse

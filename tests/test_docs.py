@@ -19,6 +19,8 @@ from training_helpers import CONFIGS, ROOT
 
 import train
 import validate
+from sgconvnext.longconv import BACKENDS
+from sgconvnext.models.kernel import DECAYS, INITS, kernel_options
 from sgconvnext.models.sgconvnext import SIZES
 from sgconvnext.profile import flops
 from sgconvnext.training.config import from_dict, load_config
@@ -246,6 +248,18 @@ def test_suffixes_that_are_named_are_those_that_are_read() -> None:
     assert set(named.split()) == SUFFIXES
 
 
+def test_layer_page_names_every_backend_and_every_option_of_a_kernel() -> None:
+    backends, options = (
+        {row[key].strip("`"): row for rows in tables_of("docs/layer.md") if key in rows[0] for row in rows}
+        for key in ("backend", "argument")
+    )
+    assert set(backends) == {"auto", *BACKENDS}
+    for name, option in inspect.signature(kernel_options).parameters.items():
+        assert str(option.default) in options[name]["default"]
+    for name, choices in (("decay", [*DECAYS]), ("init", [*INITS])):
+        assert all(f'"{choice}"' in "".join(options[name].values()) for choice in choices), name
+
+
 # ---- sizes and counts
 
 
@@ -262,6 +276,13 @@ def rows_of(page: str, name: str, heading: str) -> list[dict[str, str]]:
     """The rows of a model in every table of a page that has this heading."""
     tables = [rows for rows in tables_of(page) if heading in rows[0]]
     return [row for rows in tables for row in rows if row.get("model", "").strip("`") == name]
+
+
+def row_of(page: str, name: str, heading: str) -> dict[str, str]:
+    """The row of a model in the only table of a page that has this heading."""
+    rows = rows_of(page, name, heading)
+    assert len(rows) == 1, f"{page}: {name} needs one row in the table with the column {heading!r}, not {len(rows)}"
+    return rows[0]
 
 
 @functools.cache
@@ -290,7 +311,7 @@ def test_cost_of_a_model_is_that_of_its_blocks_times_the_depths(family: str) -> 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_parameters_and_operations_in_the_tables_are_true(size: str) -> None:
-    [readme] = rows_of("README.md", f"sgconvnext_{size}", "depths")
+    readme = row_of("README.md", f"sgconvnext_{size}", "depths")
     assert readme["depths"] == " ".join(map(str, SIZES[size]["depths"]))
     assert readme["widths"] == " ".join(map(str, SIZES[size]["dims"]))
     for family, whose in (("sgconvnext", ""), ("convnext", "ConvNeXt's ")):
@@ -299,7 +320,7 @@ def test_parameters_and_operations_in_the_tables_are_true(size: str) -> None:
         total = costs["all"]
         assert readme[f"{whose}parameters"] == f"{total.parameters / 1e6:.2f}"
         assert readme[f"{whose}GMACs"] == f"{total.macs / 1e9:.2f}"
-        [printed] = rows_of("docs/results.md", name, "executed")
+        printed = row_of("docs/results.md", name, "executed")
         assert printed == {
             "model": name,
             "parameters": f"{total.parameters:,d}",
@@ -311,7 +332,7 @@ def test_parameters_and_operations_in_the_tables_are_true(size: str) -> None:
         for timed in rows_of("docs/results.md", name, "ratio"):  # none is demanded
             if timed["px"] == "224":
                 assert (timed["parameters"], timed["GMACs"]) == (printed["parameters"], printed["GMACs"])
-        [printed] = rows_of("docs/results.md", name, flops.MLP)
+        printed = row_of("docs/results.md", name, flops.MLP)
         true = {part: f"{costs[part].macs / 1e6:,.1f}" if part in costs else "-" for part in flops.PARTS}
         true[flops.EXECUTED] = f"{costs[flops.CONVOLUTION].executed / 1e6:,.1f}"
         assert printed == {"model": name} | {part: true[part] for part in printed if part != "model"}
@@ -321,3 +342,5 @@ def test_parameters_and_operations_in_the_tables_are_true(size: str) -> None:
 def test_every_size_has_a_config(size: str) -> None:
     config = load_config(CONFIGS / f"sgconvnext_{size}.yaml")
     assert config.model.name == f"sgconvnext_{size}"
+    listed = [path for code in inline_code("docs/training.md") if "{" in code for path in expanded(code)]
+    assert f"configs/sgconvnext_{size}.yaml" in listed

@@ -26,7 +26,8 @@ class Backend:
     """One way to compute the long convolution: with ``operations``, or else with ``plain`` alone.
 
     To add a backend, write a module that has a ``BACKEND``, and name it in `sgconvnext.longconv.BACKENDS`. Layers, the
-    counts of FLOPs and the tests of tests/longconv/test_longconv.py, which check the contract, then know it.
+    counts of FLOPs and the tests of tests/longconv/test_longconv.py, which check the contract, then know it. Describe
+    it in docs/layer.md.
 
     The contract:
         - The output and both gradients are those of reference.long_conv, up to the rounding of products in the dtype

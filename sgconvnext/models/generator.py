@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..longconv import check_backend
 from .kernel import (
+    DECAYS,
     KernelOptions,
     cosines,
     l2_norm,
@@ -175,11 +176,11 @@ class KernelGenerator(nn.Module):
         if self.taps is not None:
             return f"{self.channels}, length={self.length}, reparameterized, backend={self.backend!r}"
         _, scales, channels, scale_dim = self.weight.shape
-        decay, alpha, exponent, _ = self.options
-        factor = f"alpha={alpha}" if decay == "scale" else f"exponent={exponent}"
+        used = ["decay", *DECAYS[self.options.decay]]
+        options = ", ".join(f"{name}={getattr(self.options, name)!r}" for name in used)
         return (
             f"{channels}, length={self.length}, num_scales={scales}, scale_dim={scale_dim}, "
-            f"bidirectional={self.bidirectional}, decay={decay!r}, {factor}, backend={self.backend!r}"
+            f"bidirectional={self.bidirectional}, {options}, backend={self.backend!r}"
         )
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DECAYS = ("scale", "position")
+# Every kind of decay, and the options that it uses beside ``init``
+DECAYS: dict[str, tuple[str, ...]] = {"scale": ("alpha",), "position": ("exponent",)}
 INITS = ("normal", "cosine")
 
 
@@ -37,7 +38,7 @@ def kernel_options(
     Raises:
         ValueError: an unknown choice, or a number that makes no kernel.
     """
-    for name, choice, known in (("decay", decay, DECAYS), ("init", init, INITS)):
+    for name, choice, known in (("decay", decay, tuple(DECAYS)), ("init", init, INITS)):
         if choice not in known:
             raise ValueError(f"{name} {choice!r} is unknown; use one of {', '.join(known)}")
     alphas = (alpha, alpha) if isinstance(alpha, int | float) else tuple(alpha)

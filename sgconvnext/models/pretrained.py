@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fit import refuse_misfit
 from .input_size import MIN_SIZE, STEM_STRIDE
-from .kernel import kernel_options, scale_dim_for
+from .kernel import DECAYS, kernel_options, scale_dim_for
 from .layer import SGConv2d
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _refuse_another_kernel(model: "SGConvNeXt", name: str) -> None:
         return
     given = {key: saved.get(key, default) for key, default in model.kernel_defaults.items()}
     here, then = next(layer for _, layer in _mixers(model)).options, kernel_options(**given)
-    for key in ("decay", "alpha") if here.decay == "scale" else ("decay", "exponent"):
+    for key in ("decay", *DECAYS[here.decay]):
         if getattr(then, key) != getattr(here, key):
             told = f"{key}={given[key]}, not {getattr(here, key)}"
             raise ValueError(f"{name}: the pretrained file was trained with {told}; leave {key} out")

@@ -301,7 +301,7 @@ default_cfgs = generate_default_cfgs(
 
 def _build(size: str, pretrained: bool, **kwargs: Any) -> SGConvNeXt:
     name = f"sgconvnext_{size}"
-    refuse_unknown(name, kwargs, signature(SGConvNeXt).parameters)
+    refuse_unknown(name, kwargs, [key for key in signature(SGConvNeXt).parameters if key != "sgconv"])
     source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained and not source.has_weights and not source.state_dict:
         raise ValueError(

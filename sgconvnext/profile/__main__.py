@@ -6,10 +6,10 @@
     python -m sgconvnext.profile scaling convnext_tiny sgconvnext_tiny
     python -m sgconvnext.profile tiles
 
-A model is timm's name for it, with arguments of its own after commas: sgconvnext_tiny,backend=fft,num_scales=4
+A model is timm's name, with arguments after commas: sgconvnext_tiny,backend=fft,num_scales=4
 
-After --seconds, or Ctrl-C, a command prints what it has measured and says what it did not reach. It ends with exit
-code 130 after Ctrl-C, and with 1 if a measurement failed or a result is wrong.
+After --seconds, or Ctrl-C, a command prints what it has measured and says what it did not reach. The exit code is 130
+after Ctrl-C, and 1 if a measurement failed or a result is wrong.
 """
 
 import argparse
@@ -163,18 +163,27 @@ def parse_args() -> argparse.Namespace:
         prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    _flops(commands.add_parser("flops", help="count parameters, MACs, FLOPs and activations by part and stage"))
-    _throughput(commands.add_parser("throughput", help="measure the speed and memory of models, run in several ways"))
-    _ops(commands.add_parser("ops", help="check and time the long convolution's backends beside a 7x7 convolution"))
-    _scaling(commands.add_parser("scaling", help="measure how speed and memory of models change with the resolution"))
-    _tiles(commands.add_parser("tiles", help="time the tiles of the Triton programs on a GPU, to choose the fastest"))
+    for name, add, text in (
+        ("flops", _flops, "count parameters, MACs, FLOPs and activations, by part and stage"),
+        ("throughput", _throughput, "measure the speed and memory of models, run in several ways"),
+        ("ops", _ops, "check and time every backend of the long convolution beside a 7x7 convolution"),
+        ("scaling", _scaling, "measure how speed and memory of models change with the resolution"),
+        ("tiles", _tiles, "time the tiles of the Triton programs on a GPU, to choose the fastest"),
+    ):
+        add(commands.add_parser(name, help=text, description=text))
     return parser.parse_args()
 
 
 def _flops(sub: Parser) -> None:
     _add_models(sub)
     _add_size(sub)
-    sub.add_argument("--batch", type=console.count, default=1, metavar="B", help="images; the counts are of one (1)")
+    sub.add_argument(
+        "--batch",
+        type=console.count,
+        default=1,
+        metavar="B",
+        help="images of the forward pass; counts are per image (1)",
+    )
     sub.add_argument("--stages", action="store_true", help="also show every part of every stage")
     _add_output(sub)
     sub.set_defaults(measure=run_flops, rounds=1, round_seconds=0, seconds=math.inf)
@@ -185,7 +194,7 @@ def _throughput(sub: Parser) -> None:
     _add_size(sub)
     _add_batches(sub, [1])
     text = (
-        f"ways to run every model, in one table: {', '.join([EAGER, *WAYS])}, or several of the last joined by +. "
+        f"ways to run every model, in one table: {EAGER}; or {', '.join(WAYS)}, also joined by +. "
         f"With more than one way, a second table names the fastest of each model ({EAGER})"
     )
     sub.add_argument("--run", type=way, nargs="+", default=[[]], metavar="WAY", help=text)
@@ -193,7 +202,7 @@ def _throughput(sub: Parser) -> None:
     text = "compare N models at a time; a ratio is to the first of its group (all models)"
     sub.add_argument("--group", type=console.count, metavar="N", help=text)
     sub.add_argument("--plot", type=console.path, metavar="PNG", help="draw throughput against FLOPs")
-    text = "a file with the columns model and top1, which --plot then draws too"
+    text = "file with the columns model and top1; --plot then also draws accuracy"
     sub.add_argument("--accuracy", type=console.path, metavar="CSV", help=text)
     _add_timing(sub, ["inference"], round_seconds=5.0)
     sub.set_defaults(measure=run_throughput)
@@ -202,7 +211,7 @@ def _throughput(sub: Parser) -> None:
 def _ops(sub: Parser) -> None:
     _add_shapes(sub)
     _add_batches(sub, [1, 8])
-    sub.add_argument("--channels-last", action="store_true", help="memory format of images and weights")
+    sub.add_argument("--channels-last", action="store_true", help="run in channels-last memory format")
     _add_timing(sub, ["inference", "training"], round_seconds=0.5)
     sub.set_defaults(measure=run_ops)
 
@@ -239,7 +248,7 @@ def _add_batches(sub: Parser, default: list[int]) -> None:
 
 
 def _add_shapes(sub: Parser) -> None:
-    text = "layers (those of sgconvnext_tiny at 224 px, and 768x4x4)"
+    text = "feature maps (those of sgconvnext_tiny at 224 px, and 768x4x4)"
     default = list(ops.DEFAULT_SHAPES)
     sub.add_argument("--shape", type=console.shape, nargs="+", default=default, metavar="CxHxW", help=text)
 
@@ -251,30 +260,30 @@ def _add_ways(sub: Parser) -> None:
 
 
 def _add_timing(sub: Parser, modes: list[str], round_seconds: float) -> None:
-    text = f"inference: forward; training: also backward, and for a model the optimizer's step ({' '.join(modes)})"
+    text = f"inference: forward; training: also backward and, for models, the optimiser's step ({' '.join(modes)})"
     sub.add_argument("--mode", nargs="+", choices=("inference", "training"), default=modes, help=text)
     sub.add_argument("--dtype", choices=DTYPES, default="fp32", help="half precision is by autocast (fp32)")
     sub.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if it is there (auto)"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is a GPU (auto)"
     )
-    sub.add_argument("--threads", type=console.count, metavar="N", help="threads of a CPU (torch's choice)")
+    sub.add_argument("--threads", type=console.count, metavar="N", help="CPU threads (torch's choice)")
     _add_clock(sub, 5, round_seconds)
 
 
 def _add_clock(sub: Parser, rounds: int, round_seconds: float) -> None:
     sub.epilog = (
-        "In every round the things that are compared take turns. A ratio is the median of the ratios of all pairs of "
-        "turns, and can differ from the quotient of two speeds in the table."
+        "In every round, what is compared runs in alternating turns. A ratio is the median over all pairs of "
+        "neighbouring turns. So it can differ from the quotient of two speeds in the table."
     )
     sub.add_argument(
         "--rounds", type=console.count, default=rounds, metavar="N", help=f"rounds of each measurement ({rounds})"
     )
     seconds: dict[str, Any] = {"type": console.seconds, "metavar": "S"}
-    text = f"seconds for which each thing is timed in one round ({round_seconds:g})"
+    text = f"seconds of each model, backend or tile in a round ({round_seconds:g})"
     sub.add_argument("--round-seconds", **seconds, default=round_seconds, help=text)
     text = (
-        "seconds for the whole command: then it finishes the round that it is in, prints what it has measured and "
-        "says what it did not reach (no limit)"
+        "seconds for the whole command; after them it finishes its round, prints what it has measured and says "
+        "what it did not reach (no limit)"
     )
     sub.add_argument("--seconds", **seconds, default=math.inf, help=text)
     _add_output(sub)

@@ -11,8 +11,8 @@ import torch
 Step = Callable[[], object]
 
 RATIO = (  # what every table says of its ratios
-    "The two take turns, every pair of turns gives a ratio, and the table has the median of these ratios: it can "
-    "differ from the quotient of the numbers beside it. Above 1 is faster."
+    "The two run in alternating turns. The ratio is the median over all pairs of neighbouring turns. So it can differ "
+    "from the quotient of the numbers beside it. Above 1 is faster."
 )
 TURN_S = 0.1  # shorter turns would time the waiting for a GPU, longer ones let the machine change between two
 

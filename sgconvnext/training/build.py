@@ -143,7 +143,9 @@ def has_input_size(name: str) -> bool:
 
 def run_config(state: dict[str, Any], path: str, overrides: Sequence[str] = ()) -> Config:
     """The configuration of the run that wrote a checkpoint, with dotted overrides."""
-    cure = "it was not written by train.py of SGConvNeXt; start a run of that from it with model.checkpoint"
+    cure = (
+        "it was not written by train.py of SGConvNeXt; to start from its weights, name it as model.checkpoint of a run"
+    )
     if missing := {"args", "epoch"} - set(state):
         raise ValueError(f"checkpoint {path!r} lacks {', '.join(sorted(missing))}; {cure}")
     if not isinstance(state["args"], dict):

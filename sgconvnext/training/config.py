@@ -29,7 +29,7 @@ class ModelConfig:
 
     name: str = knob("sgconvnext_tiny", "timm model name")
     num_classes: int | None = knob(
-        None, "outputs; null: as many as the data has classes; needed where the data cannot tell", at_least(1)
+        None, "number of outputs; null: the classes of the data; needed if the data does not tell them", at_least(1)
     )
     img_size: int | tuple[int, int] | None = knob(
         None, "pixels for which a model that is tied to a size is built; null: data.img_size", at_least(1)
@@ -76,9 +76,9 @@ class DataConfig:
         0.875, "evaluation: the image is resized to img_size / crop_pct, then cropped", between(0.1, 1)
     )
     crop_mode: Literal["center", "squash", "border"] = knob(
-        "center", "evaluation; squash resizes both sides and crops nothing"
+        "center", "evaluation: how the image is cropped; squash resizes both sides instead"
     )
-    interpolation: Literal["bicubic", "bilinear", "nearest"] = knob("bicubic", "of every resize")
+    interpolation: Literal["bicubic", "bilinear", "nearest"] = knob("bicubic", "how every resize interpolates")
     mean: tuple[float, float, float] = knob(IMAGENET_MEAN, "subtracted from the channels, which are in 0..1", ANY)
     std: tuple[float, float, float] = knob(IMAGENET_STD, "divides the channels, after mean", POSITIVE)
     upright: bool = knob(False, "turn images as their EXIF orientation says; ConvNeXt, timm and torchvision do not")
@@ -119,7 +119,9 @@ class AugmentConfig:
     cutmix: float = knob(0.0, "alpha of cutmix; 0: off", at_least(0))
     mixup_prob: float = knob(1.0, "probability that a batch is mixed at all", between(0, 1))
     mixup_switch_prob: float = knob(0.5, "probability of cutmix where both are on", between(0, 1))
-    mixup_mode: Literal["batch", "pair", "elem"] = knob("batch", "what shares one mixing weight")
+    mixup_mode: Literal["batch", "pair", "elem"] = knob(
+        "batch", "one mixing weight per batch, pair of images, or image"
+    )
     smoothing: float = knob(0.0, "label smoothing", BELOW_1)
 
 
@@ -135,12 +137,10 @@ class OptimConfig:
     )
     lr: float = knob(1e-3, "peak learning rate", POSITIVE)
     min_lr: float = knob(1e-6, "learning rate at the end of the cosine", SEE_PAIRS)
-    warmup_epochs: int = knob(
-        0, "epochs, out of all, in which the rate rises linearly from 0 to lr, both included", SEE_PAIRS
-    )
-    weight_decay: float = knob(0.05, "of all but biases and other one-dimensional parameters", at_least(0))
-    betas: tuple[float, float] = knob((0.9, 0.999), "AdamW's averages", BELOW_1)
-    eps: float = knob(1e-8, "AdamW's denominator", at_least(0))
+    warmup_epochs: int = knob(0, "the first of all epochs, in which the rate rises linearly from 0 to lr", SEE_PAIRS)
+    weight_decay: float = knob(0.05, "of all parameters but the one-dimensional ones, such as biases", at_least(0))
+    betas: tuple[float, float] = knob((0.9, 0.999), "AdamW: decay of the two moving averages", BELOW_1)
+    eps: float = knob(1e-8, "AdamW: added to the denominator", at_least(0))
     layer_decay: float = knob(1.0, "factor on lr per layer below the head, as ConvNeXt groups them; 1: off", FACTOR)
     clip_grad: float | None = knob(
         None,
@@ -174,11 +174,11 @@ class RunConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SaveConfig:
-    """Checkpoints. Each epoch's end has one, and a run that is asked to stop leaves one."""
+    """Checkpoints. A run saves one after every epoch, and one when it is asked to stop."""
 
     every: int | None = knob(
         None,
-        "updates between two checkpoints within an epoch; null: only at its end",
+        "updates between two checkpoints within an epoch; null: only at the end of an epoch",
         at_least(1, "at least 1, or null"),
         resume="free",
     )
@@ -190,7 +190,7 @@ class SaveConfig:
 
 @dataclass(kw_only=True, slots=True)
 class WatchConfig:
-    """Where the metrics of an epoch go, beside metrics.jsonl and, where matplotlib is installed, curves.png."""
+    """Where the metrics of an epoch go, beside metrics.jsonl and (with matplotlib) curves.png."""
 
     tensorboard: bool = knob(False, "event files in out/tensorboard; needs the package tensorboard", resume="free")
     wandb: str = knob("", "Weights & Biases project; needs the package wandb; '': none", resume="free")
@@ -211,13 +211,13 @@ class Config:
     seed: int = knob(0, "of weights, order, augmentation and mixing", between(0, 2**32 - 1), order="always")
     resume: str = knob(
         "",
-        "'auto': go on from the newest good checkpoint in out, if any; or a path; '': start anew",
+        "'auto': the newest good checkpoint in out, if there is one; or a path; '': start anew",
         resume="local",
         path=True,
     )
     allow_change: str = knob(
         "",
-        "what may differ from the resumed checkpoint: knobs, sections, processes, device, training_images",
+        "may differ from the checkpoint: knobs, sections, processes, device, training_images, validation_images",
         resume="free",
     )
     model: ModelConfig = field(default_factory=ModelConfig)

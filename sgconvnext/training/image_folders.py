@@ -71,7 +71,7 @@ class Listing:
         if empty := sorted(name for name in there - set(labels) if not name.startswith(".")):
             lost = _by_suffix({key: n for key, n in self.others.items() if key[0][depth : depth + 1] == (empty[0],)})
             holds = f", only {counted(lost)}" if lost else ""
-            more = f" (nor do {len(empty) - 1} others: {shortened(empty[1:])})" if empty[1:] else ""
+            more = f" (likewise {len(empty) - 1} more: {shortened(empty[1:])})" if empty[1:] else ""
             raise ValueError(
                 f"class folder {empty[0]!r} holds no image that can be read{holds}{more}; convert its files "
                 "to .png or .jpg, or remove it"

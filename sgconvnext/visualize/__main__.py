@@ -5,7 +5,8 @@
     python -m sgconvnext.visualize features runs/digits/best.pth photo.jpg
     python -m sgconvnext.visualize erf runs/ours/best.pth --against runs/convnext/best.pth
 
-A network is a checkpoint of train.py, or timm's name for an untrained one, with arguments of its own after commas.
+A network is a checkpoint of train.py, or timm's name of an untrained model, with arguments after commas:
+sgconvnext_tiny,ls_init_value=1.0
 """
 
 import argparse
@@ -76,7 +77,7 @@ def parse_args() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, draw, text in (
         ("kernels", draw_kernels, "taps against the lag, by stage and channel"),
-        ("footprint", draw_footprint, "the same taps by 2-D offset"),
+        ("footprint", draw_footprint, "the same taps by row and column around the output"),
         ("energy", draw_energy, "energy kept against the kernel's length"),
         ("features", draw_features, "stage outputs of an image"),
         ("erf", draw_erf, "effective receptive field, beside ConvNeXt's"),
@@ -85,29 +86,41 @@ def parse_args() -> argparse.Namespace:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(draw=draw)
         sub.add_argument(
-            "network", type=console.path, metavar="CHECKPOINT_OR_MODEL", help="best.pth of a run, or timm's name"
+            "network",
+            type=console.path,
+            metavar="CHECKPOINT_OR_MODEL",
+            help="checkpoint of a run, or timm's name of a model",
         )
         if name in ("features", "erf"):
             sub.add_argument(
-                "image", nargs="?", type=console.path, metavar="IMAGE", help="else the run's validation images"
+                "image",
+                nargs="?",
+                type=console.path,
+                metavar="IMAGE",
+                help="image file (validation images of the run; noise for an untrained model)",
             )
         if name in ("kernels", "footprint"):
-            sub.add_argument("--block", type=console.count, default=1, metavar="N", help="of every stage, from 1 (1)")
+            sub.add_argument(
+                "--block", type=console.count, default=1, metavar="N", help="block of every stage, from 1 (1)"
+            )
         if name == "erf":
             sub.add_argument(
                 "--against",
                 type=console.path,
                 metavar="CHECKPOINT_OR_MODEL",
-                help="(an untrained ConvNeXt of its size)",
+                help="network to draw beside it (an untrained ConvNeXt of its size)",
             )
-            sub.add_argument("--images", type=console.count, default=32, metavar="N", help="to average over (32)")
+            sub.add_argument(
+                "--images", type=console.count, default=32, metavar="N", help="images to average over (32)"
+            )
         if name == "pruning":
             sub.add_argument(
                 "--images", type=console.count, default=2000, metavar="N", help="validation images (2000)"
             )
-        sub.add_argument("--use-ema", action="store_true", help="the checkpoint's average of the weights")
-        sub.add_argument("--set", dest="knobs", nargs="+", default=[], metavar="section.key=value", help="of the run")
-        sub.add_argument("--out", type=console.path, metavar="PNG", help=f"({name}.png)")
+        sub.add_argument("--use-ema", action="store_true", help="take the average of the weights")
+        text = "knobs of the run to change, such as data.root=PATH"
+        sub.add_argument("--set", dest="knobs", nargs="+", default=[], metavar="section.key=value", help=text)
+        sub.add_argument("--out", type=console.path, metavar="PNG", help=f"file to write ({name}.png)")
     return parser.parse_args()
 
 

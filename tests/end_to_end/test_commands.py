@@ -1,4 +1,4 @@
-"""The commands as processes, where their output cannot be written and where Ctrl-C comes: a line or none, and a code."""
+"""The commands as processes whose output cannot be written, or which Ctrl-C ends: a line or none, and a code."""
 
 import json
 import os
