@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..longconv import check_backend
+from .kept import forget
 from .kernel import (
     KernelOptions,
     cosines,
@@ -156,6 +157,10 @@ class KernelGenerator(nn.Module):
         if mode:
             self.refuse_reparameterized("train")
         return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        forget(self)  # of another device or dtype it would only take memory
+        return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         """Say which of the two is reparameterized, where state dict and layer differ in that."""
