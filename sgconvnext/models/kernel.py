@@ -4,6 +4,8 @@ Letters: C channels, L tokens, N scales, d taps per scale; "directions" is 1 (ca
 """
 
 import math
+from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -40,11 +42,11 @@ def kernel_options(
     for name, choice, known in (("decay", decay, DECAYS), ("init", init, INITS)):
         if choice not in known:
             raise ValueError(f"{name} {choice!r} is unknown; use one of {', '.join(known)}")
-    alphas = (alpha, alpha) if isinstance(alpha, int | float) else tuple(alpha)
-    if len(alphas) != 2 or not all(0 < a < math.inf for a in alphas):
-        raise ValueError(f"alpha={alpha} must be a positive number, or a pair of them")
-    if not math.isfinite(exponent):
-        raise ValueError(f"exponent={exponent} must be a finite number")
+    alphas = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, alpha)
+    if len(alphas) != 2 or not all(isinstance(a, Real) and 0 < a < math.inf for a in alphas):
+        raise ValueError(f"alpha={alpha!r} must be a positive number, or a pair of them")
+    if not isinstance(exponent, Real) or not math.isfinite(exponent):
+        raise ValueError(f"exponent={exponent!r} must be a finite number")
     return KernelOptions(decay, (float(alphas[0]), float(alphas[1])), float(exponent), init)
 
 
