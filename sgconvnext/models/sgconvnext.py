@@ -25,7 +25,7 @@ from timm.models._features import feature_take_indices  # what every timm model 
 from timm.models._input import update_model_input_size  # likewise
 from torch import Tensor, fx, nn
 
-from .arguments import refuse_unknown
+from .arguments import BUILDER, refuse_unknown
 from .block import SGConvNeXtBlock
 from .input_size import MIN_SIZE, STEM_STRIDE, stage_grids
 from .kernel import kernel_options
@@ -67,10 +67,10 @@ class SGConvNeXt(nn.Module):
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over the blocks.
         device, dtype: of the parameters.
-        sgconv: num_scales, scale_dim, bidirectional and backend, as in SGConv2d, and the options of its kernels.
+        sgconv: num_scales, bidirectional and backend, as in SGConv2d, and the options of its kernels.
 
     Raises:
-        ValueError: an image size below 32, an unknown output stride, or an option that SGConv2d refuses.
+        ValueError: an image size below 32, an unknown output stride or argument, or an option that SGConv2d refuses.
     """
 
     # a dict would be a constant for TorchScript, which has none
@@ -96,6 +96,7 @@ class SGConvNeXt(nn.Module):
         **sgconv: Any,
     ) -> None:
         super().__init__()
+        refuse_unknown(SGConvNeXt, type(self).__name__, sgconv)
         if len(depths) != 4 or len(dims) != 4:
             raise ValueError(f"depths={tuple(depths)} and dims={tuple(dims)} must name four stages each")
         if output_stride not in (8, 16, 32):
@@ -301,7 +302,7 @@ default_cfgs = generate_default_cfgs(
 
 def _build(size: str, pretrained: bool, **kwargs: Any) -> SGConvNeXt:
     name = f"sgconvnext_{size}"
-    refuse_unknown(name, kwargs, signature(SGConvNeXt).parameters)
+    refuse_unknown(SGConvNeXt, name, kwargs, BUILDER)
     source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained and not source.has_weights and not source.state_dict:
         raise ValueError(
