@@ -8,7 +8,7 @@ from typing import Any
 from timm.models import build_model_with_cfg
 
 from ..errors import UnknownArgumentError
-from .kernel import kernel_options
+from .kernel import KERNEL_DEFAULTS
 
 # Arguments of timm's ConvNeXt, and of others, that there is nothing to apply to
 WITHOUT_MEANING = {
@@ -34,7 +34,7 @@ WITHOUT_MEANING = {
 OWN = {"model_cls", "variant", "kwargs", "feature_cfg", "pretrained_filter_fn"}  # which are given here
 BUILDER = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "feature_cls", "out_indices"} - OWN
 # Of SGConv2d and its kernels, which every stage passes on
-SGCONV = ["num_scales", "bidirectional", "backend", *inspect.signature(kernel_options).parameters]
+SGCONV = ["num_scales", "bidirectional", "backend", *KERNEL_DEFAULTS]
 
 
 def refuse_unknown(model: type, name: str, kwargs: dict[str, Any], builder: Collection[str] = ()) -> None:

@@ -5,7 +5,9 @@ Letters: C channels, L tokens, N scales, d taps per scale; "directions" is 1 (ca
 
 import math
 from collections.abc import Sequence
+from inspect import signature
 from numbers import Real
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -48,6 +50,10 @@ def kernel_options(
     if not isinstance(exponent, Real) or not math.isfinite(exponent):
         raise ValueError(f"exponent={exponent!r} must be a finite number")
     return KernelOptions(decay, (float(alphas[0]), float(alphas[1])), float(exponent), init)
+
+
+# by name; a dict would be a constant for TorchScript, which has none
+KERNEL_DEFAULTS = MappingProxyType({key: each.default for key, each in signature(kernel_options).parameters.items()})
 
 
 def num_scales_for(length: int, scale_dim: int) -> int:

@@ -1,8 +1,6 @@
 """SGConvNeXt: ConvNeXt's stem, stages and head around SGConv blocks (arXiv 2210.09298, section 4.3.2)."""
 
 import functools
-from inspect import signature
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from torch import Tensor, fx, nn
 from .arguments import BUILDER, refuse_unknown
 from .block import SGConvNeXtBlock
 from .input_size import MIN_SIZE, STEM_STRIDE, stage_grids
-from .kernel import kernel_options
+from .kernel import KERNEL_DEFAULTS
 from .layer import SGConv2d
 from .pretrained import checkpoint_filter_fn
 from .stage import SGConvNeXtStage
@@ -73,10 +71,7 @@ class SGConvNeXt(nn.Module):
         ValueError: an image size below 32, an unknown output stride or argument, or an option that SGConv2d refuses.
     """
 
-    # a dict would be a constant for TorchScript, which has none
-    kernel_defaults = MappingProxyType(
-        {name: each.default for name, each in signature(kernel_options).parameters.items()}
-    )
+    kernel_defaults = KERNEL_DEFAULTS
 
     def __init__(
         self,
@@ -115,8 +110,8 @@ class SGConvNeXt(nn.Module):
         self.stages = nn.Sequential()
         self.feature_info: list[dict[str, Any]] = []
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        shapes = zip(stage_grids(img_size), _strides(output_stride), strict=True)
-        for i, (grid, (stride, dilation, reduction)) in enumerate(shapes):
+        for i, (grid, strides) in enumerate(zip(stage_grids(img_size), _strides(output_stride), strict=True)):
+            stride, dilation, reduction = strides
             options = {"ls_init_value": ls_init_value, **sgconv, **dd}
             stage = SGConvNeXtStage(
                 dims[max(i - 1, 0)],
