@@ -10,7 +10,7 @@ from timm.models import build_model_with_cfg
 from ..errors import UnknownArgumentError
 from .kernel import KERNEL_DEFAULTS
 
-# Arguments of timm's ConvNeXt, and of others, that there is nothing to apply to
+# Arguments of timm's ConvNeXt, and of other models, that have no meaning here, and why
 WITHOUT_MEANING = {
     "scale_dim": "the kernels of all stages have the same number of scales; use num_scales",
     "kernel_sizes": "every kernel is as long as its map; num_scales and img_size say how many parameters it has",

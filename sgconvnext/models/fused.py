@@ -67,17 +67,17 @@ def _drops(block: Any) -> bool:
 
 def triton_form(block: Any, x: Tensor) -> Tensor:
     """LN reads (B, C, L) and writes (B, L, C), and the sum goes back: the transposes cost no pass of their own."""
-    from ..longconv.triton import block as programs  # imports triton
+    from ..longconv.triton import block as triton_block
 
     mixed, norm, drop_path = block.sgconv(x).flatten(2), block.norm, block.drop_path
-    tokens = programs.layer_norm_channels_last(mixed, norm.weight, norm.bias, norm.eps)
+    tokens = triton_block.layer_norm_channels_last(mixed, norm.weight, norm.bias, norm.eps)
     keep = None
     if isinstance(drop_path, DropPath) and drop_path.training:
-        kept = 1 - drop_path.drop_prob
-        keep = torch.empty(x.shape[0], device=x.device).bernoulli_(kept)
-        if kept > 0 and drop_path.scale_by_keep:
-            keep = keep.div_(kept)
-    y = programs.scale_residual_channels_first(x.flatten(2), block.mlp(tokens), block.gamma, keep)
+        probability = 1 - drop_path.drop_prob
+        keep = torch.empty(x.shape[0], device=x.device).bernoulli_(probability)
+        if probability > 0 and drop_path.scale_by_keep:
+            keep = keep.div_(probability)
+    y = triton_block.scale_residual_channels_first(x.flatten(2), block.mlp(tokens), block.gamma, keep)
     return y.view(x.shape)
 
 

@@ -110,7 +110,7 @@ def multiscale_kernel(weight: Tensor, length: int, options: KernelOptions) -> Te
 
 
 def _upsample(scale: Tensor, size: int) -> Tensor:
-    """(directions, d, C) to (directions, size, C), linearly. A row of an image is faster than a signal in torch."""
+    """(directions, d, C) to (directions, size, C), linearly. torch is faster for a row of an image than a signal."""
     row = scale.unsqueeze(1).permute(0, 3, 1, 2)  # (directions, C, 1, d), channels last
     return F.interpolate(row, size=(1, size), mode="bilinear", align_corners=False).squeeze(2).transpose(1, 2)
 

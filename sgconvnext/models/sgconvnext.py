@@ -146,11 +146,6 @@ class SGConvNeXt(nn.Module):
                 module.reset_parameters()
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """No name: as in ConvNeXt, biases, norms, layer scale and skip are exempt for being one-dimensional."""
-        return set()
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's patterns for layer-wise learning rates: by stage if coarse, else by block."""
         blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
