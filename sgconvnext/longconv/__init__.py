@@ -74,7 +74,7 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
             f"taps are {tuple(taps.shape)}; x {tuple(x.shape)} needs ({channels}, {2 * length - 1}), or "
             f"({channels}, {length}) for a causal convolution"
         )
-    chosen = BACKENDS[choose_backend(x) if backend == "auto" else backend]
+    chosen = BACKENDS[choose_backend(x, backend)]
     if reason := chosen.refusal(x):
         raise ValueError(reason)
     x = chosen.prepare(x)

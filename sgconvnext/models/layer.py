@@ -48,15 +48,9 @@ def _convolve(layer: Any, x: Tensor, size: tuple[int, ...]) -> Tensor:
     """
     if layer.taps is None or torch.is_grad_enabled() or not runs_eagerly_on_cpu(x):
         return long_conv(x, layer._taps_for(size), layer.backend)
-    length, dtype = x.shape[-1], x.dtype
-    backend = choose_backend(x) if layer.backend == "auto" else layer.backend
-    prepared = kept(
-        layer,
-        (size, dtype, backend),
-        [layer.taps],
-        lambda: freeze(layer._taps_for(size), length, dtype, backend),
-    )
-    return prepared(x)
+    length, dtype, backend = x.shape[-1], x.dtype, choose_backend(x, layer.backend)
+    key = size, dtype, backend
+    return kept(layer, key, [layer.taps], lambda: freeze(layer._taps_for(size), length, dtype, backend))(x)
 
 
 @register_notrace_module

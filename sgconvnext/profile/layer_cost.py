@@ -25,12 +25,11 @@ def layer_cost(layer: SGConv | SGConv2d, output: Tensor | tuple[Tensor, ...]) ->
     phase = [-(-int(size) // dilation) for size in y.shape[2:]]
     batch, channels, length = int(y.shape[0]) * dilation ** len(phase), layer.channels, math.prod(phase)
     signal = y.new_empty(1).expand(batch, channels, length)  # takes no memory
-    backend = choose_backend(signal) if layer.backend == "auto" else layer.backend
     num_taps = 2 * length - 1 if layer.bidirectional else length
     return LayerCost(
         cost.linear_interpolation(interpolated_taps(layer)) / 2,
         cost.algorithm(batch, channels, length) / 2,
-        BACKENDS[backend].flops(batch, channels, length, num_taps) / 2,
+        BACKENDS[choose_backend(signal, layer.backend)].flops(batch, channels, length, num_taps) / 2,
         math.prod(map(int, y.shape)),
     )
 
