@@ -27,7 +27,6 @@ __all__ = [
     "check_backend",
     "choose_backend",
     "freeze",
-    "is_recorded",
     "long_conv",
 ]
 
@@ -75,7 +74,7 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
             f"taps are {tuple(taps.shape)}; x {tuple(x.shape)} needs ({channels}, {2 * length - 1}), or "
             f"({channels}, {length}) for a causal convolution"
         )
-    chosen = BACKENDS[choose_backend(x) if backend == "auto" else backend]
+    chosen = BACKENDS[choose_backend(x, backend)]
     if reason := chosen.refusal(x):
         raise ValueError(reason)
     x = chosen.prepare(x)
@@ -91,9 +90,8 @@ def freeze(taps: Tensor, length: int, dtype: torch.dtype, backend: str) -> Calla
         taps: as in `long_conv`, without gradient.
         length: L of the signals.
         dtype: of the signals.
-        backend: as in `long_conv`; where it has nothing to compute once, the function is `long_conv` itself.
+        backend: of BACKENDS; where it has nothing to compute once, the function is `long_conv` itself.
     """
-    check_backend(backend)
-    if backend != "auto" and (own := BACKENDS[backend].freeze):
+    if own := BACKENDS[backend].freeze:
         return own(taps, length, dtype)
     return functools.partial(long_conv, taps=taps, backend=backend)

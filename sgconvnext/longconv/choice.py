@@ -15,12 +15,14 @@ TOEPLITZ = (
 )
 
 
-def choose_backend(x: Tensor) -> str:
-    """What backend="auto" runs for a signal (B, C, L), by B, L, dtype and device: "toeplitz" or "fft".
+def choose_backend(x: Tensor, backend: str = "auto") -> str:
+    """The backend that runs for a signal (B, C, L). "auto" is "toeplitz" or "fft", by B, L, dtype and device of x.
 
-    In an export to ONNX by tracing, which has no FFT, "toeplitz" or "dft", whichever has fewer products. Elsewhere
-    never "dft" or "triton": both are for GPUs and have not been timed there yet.
+    In an export to ONNX by tracing, which has no FFT, it is "toeplitz" or "dft", whichever has fewer products.
+    Elsewhere it is never "dft" or "triton": both are for GPUs and have not been timed there yet.
     """
+    if backend != "auto":
+        return backend
     if is_traced_to_onnx():
         return "toeplitz" if x.shape[2] <= 64 else "dft"
     for device, images, float_length, half_length in TOEPLITZ:

@@ -34,9 +34,9 @@ def is_compiled_transform() -> bool:
 
 
 def runs_eagerly_on_cpu(x: Tensor) -> bool:
-    """Whether x is an ordinary tensor on a CPU, and nobody looks on: no graph is being built, no transform is at work.
+    """Whether x is an ordinary tensor on a CPU, and no compiler, tracer, transform or counter of FLOPs is at work.
 
-    Nobody looks at the operators either, as a counter of FLOPs does. A counter has to see operators that it knows.
+    These have to see operators that they know.
     """
     if torch.compiler.is_compiling() or is_recorded() or is_transformed() or torch._C._len_torch_dispatch_stack():
         return False

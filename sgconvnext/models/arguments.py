@@ -2,16 +2,17 @@
 
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 from timm.models import build_model_with_cfg
 
 from ..errors import UnknownArgumentError
-from .kernel import kernel_options
+from .kernel import KERNEL_DEFAULTS
 
-# Arguments of timm's ConvNeXt, and of others, that there is nothing to apply to
+# Arguments of timm's ConvNeXt, and of other models, that have no meaning here, and why
 WITHOUT_MEANING = {
+    "scale_dim": "the kernels of all stages have the same number of scales; use num_scales",
     "kernel_sizes": "every kernel is as long as its map; num_scales and img_size say how many parameters it has",
     "patch_size": "the stem always has 4x4 patches; dims and depths are what can be changed",
     "stem_type": "the stem is always ConvNeXt's patches of 4x4",
@@ -32,25 +33,24 @@ WITHOUT_MEANING = {
 # Of timm's builder, and of the wrapper that features_only=True asks for
 OWN = {"model_cls", "variant", "kwargs", "feature_cfg", "pretrained_filter_fn"}  # which are given here
 BUILDER = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "feature_cls", "out_indices"} - OWN
-
-
 # Of SGConv2d and its kernels, which every stage passes on
-SGCONV = ["num_scales", "bidirectional", "backend", *inspect.signature(kernel_options).parameters]
+SGCONV = ["num_scales", "bidirectional", "backend", *KERNEL_DEFAULTS]
 
 
-def refuse_unknown(name: str, kwargs: dict[str, Any], own: Iterable[str]) -> None:
+def refuse_unknown(model: type, name: str, kwargs: dict[str, Any], builder: Collection[str] = ()) -> None:
     """Refuse an argument that the model does not have, in one sentence.
 
     Args:
-        name: of the model.
+        model: its class, whose last parameter (**) stands for the arguments of SGCONV.
+        name: of the model, for messages.
         kwargs: its arguments.
-        own: names that its constructor has, beside those of SGConv2d.
+        builder: further arguments that are taken, of timm's builder.
 
     Raises:
         ValueError: naming the argument, its value and the cure; also a TypeError, as Python and timm raise.
     """
-    own = [*own, *SGCONV]
-    known = [*own, *sorted(BUILDER)]
+    own = [*list(inspect.signature(model).parameters)[:-1], *SGCONV]
+    known = [*own, *sorted(builder)]
     for key, value in kwargs.items():
         if key in WITHOUT_MEANING:
             raise UnknownArgumentError(f"{name} has no {key} ({key}={value!r}): {WITHOUT_MEANING[key]}; leave it out")

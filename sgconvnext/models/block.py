@@ -7,6 +7,7 @@ from timm.layers import DropPath, LayerNorm, Mlp
 from torch import Tensor, nn
 
 from .fused import fused_forward
+from .kept import forget
 from .layer import SGConv2d
 
 
@@ -47,6 +48,10 @@ class SGConvNeXtBlock(nn.Module):
         """Set the layer scale to its initial value; the submodules have their own."""
         if self.gamma is not None and self.ls_init_value is not None:
             nn.init.constant_(self.gamma, self.ls_init_value)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        forget(self)  # of another device or dtype it would only take memory
+        return super()._apply(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():

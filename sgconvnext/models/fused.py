@@ -3,11 +3,12 @@
 `fused_forward` alone decides which form may stand in; the forms themselves ask nothing.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from timm.layers import DropPath, LayerNorm
+from timm.layers import DropPath, LayerNorm, Mlp
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
@@ -24,13 +25,16 @@ Form: TypeAlias = Callable[[Any, Tensor], Tensor]  # (block, x) -> the block's o
 def fused_forward(block: Any, x: Any) -> Form | None:
     """The form that may stand in for ``block.forward(x)`` now, or None.
 
-    A form skips modules, so nobody may watch or replace them: no hooks, no forward of their own. `triton_form` needs a
+    A form calls modules with other shapes, or not at all. So norm and MLP must be those of the block, which work token
+    by token, and nobody may watch or replace what is inside: no hooks, no forward of their own. `triton_form` needs a
     convolution that Triton runs. The forms for a CPU need eager execution, and no transform or tracer at work. Packed
     weights also need inference in float32, after `reparameterize`.
     """
+    if type(block.norm) is not LayerNorm or type(block.mlp) is not Mlp:
+        return None
     if getattr(block.sgconv, "backend", None) == "triton" and isinstance(x, Tensor):
         transformed = not torch.compiler.is_compiling() and is_transformed()
-        known = type(block.norm) is LayerNorm and type(block.drop_path) in (DropPath, nn.Identity)
+        known = type(block.drop_path) in (DropPath, nn.Identity)
         if known and not transformed and not _is_hooked(block) and "triton" in available_backends(x):
             return triton_form
     if not runs_eagerly_on_cpu(x) or x.numel() == 0:
@@ -43,7 +47,7 @@ def fused_forward(block: Any, x: Any) -> Form | None:
         return None
     mlp = packed(block) if infers and plain else None
     if mlp is not None:
-        return lambda block, x: packed_form(block, x, mlp)
+        return functools.partial(packed_form, mlp=mlp)
     return chunked_form if x.shape[0] * x.shape[2] * x.shape[3] > CHUNK_TOKENS else None
 
 
@@ -63,17 +67,17 @@ def _drops(block: Any) -> bool:
 
 def triton_form(block: Any, x: Tensor) -> Tensor:
     """LN reads (B, C, L) and writes (B, L, C), and the sum goes back: the transposes cost no pass of their own."""
-    from ..longconv.triton import block as programs  # imports triton
+    from ..longconv.triton import block as triton_block
 
     mixed, norm, drop_path = block.sgconv(x).flatten(2), block.norm, block.drop_path
-    tokens = programs.layer_norm_channels_last(mixed, norm.weight, norm.bias, norm.eps)
+    tokens = triton_block.layer_norm_channels_last(mixed, norm.weight, norm.bias, norm.eps)
     keep = None
     if isinstance(drop_path, DropPath) and drop_path.training:
-        kept = 1 - drop_path.drop_prob
-        keep = torch.empty(x.shape[0], device=x.device).bernoulli_(kept)
-        if kept > 0 and drop_path.scale_by_keep:
-            keep = keep.div_(kept)
-    y = programs.scale_residual_channels_first(x.flatten(2), block.mlp(tokens), block.gamma, keep)
+        probability = 1 - drop_path.drop_prob
+        keep = torch.empty(x.shape[0], device=x.device).bernoulli_(probability)
+        if probability > 0 and drop_path.scale_by_keep:
+            keep = keep.div_(probability)
+    y = triton_block.scale_residual_channels_first(x.flatten(2), block.mlp(tokens), block.gamma, keep)
     return y.view(x.shape)
 
 

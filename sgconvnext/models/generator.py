@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..longconv import check_backend
+from .kept import forget
 from .kernel import (
     DECAYS,
     KernelOptions,
@@ -17,8 +18,8 @@ from .kernel import (
     scale_dim_for,
 )
 
-# Where one direction's taps take more than this, they are made a chunk of channels at a time, each of this many bytes:
-# with as many bytes again a million tokens of 128 channels take a third longer, with a quarter two gigabytes more.
+# Where the taps of one direction take more than TAPS_BYTES, they are made in chunks of channels, of CHUNK_BYTES each.
+# For a million tokens of 128 channels, chunks of twice the size take a third longer, of a quarter 2 GB more.
 TAPS_BYTES, CHUNK_BYTES = 2**27, 2**25
 
 
@@ -78,6 +79,8 @@ class KernelGenerator(nn.Module):
     def reset_parameters(self) -> None:
         """Draw ``weight`` and ``skip`` anew and fix ``kernel_norm``, so that every kernel has L2 norm 1."""
         self.refuse_reparameterized("be initialised")
+        if self.weight.is_meta:  # without memory there are no values to set
+            return
         with torch.no_grad():
             if self.options.init == "normal":
                 self.weight.normal_()
@@ -102,14 +105,14 @@ class KernelGenerator(nn.Module):
             return torch.cat([l2_norm(chunk) for chunk in chunks], dim=1)
 
     def chunks(self) -> list[tuple[int, int]]:
-        """First and last channel (exclusive) of chunks; all channels are one unless their taps take TAPS_BYTES."""
+        """First and last channel (exclusive) of every chunk; one chunk, unless the taps take more than TAPS_BYTES."""
         if 4 * self.length * self.channels <= TAPS_BYTES:
             return [(0, self.channels)]
         size = max(2, CHUNK_BYTES // (4 * self.length))
         return [(first, min(first + size, self.channels)) for first in range(0, self.channels, size)]
 
     def options_of(self, first: int, last: int) -> KernelOptions:
-        """The options with the alphas of a chunk of channels, spread over it as ``alpha`` is over all."""
+        """The options of a chunk of channels, with the alphas of its first and its last channel."""
         if last - first == self.channels:
             return self.options
         start, end = 1 / self.options.alpha[0], 1 / self.options.alpha[1]
@@ -117,6 +120,7 @@ class KernelGenerator(nn.Module):
         return self.options._replace(alpha=(1 / (start + step * first), 1 / (start + step * (last - 1))))
 
     def multiscale(self, weight: Tensor, options: KernelOptions) -> Tensor:
+        """`multiscale_kernel` of a weight, or of a chunk of its channels, in float32 or float64."""
         # half-precision parameters still make float32 taps; nothing in the generator is on autocast's list
         weight = weight if weight.dtype == torch.float64 else weight.float()
         return multiscale_kernel(weight, self.length, options)
@@ -157,6 +161,10 @@ class KernelGenerator(nn.Module):
         if mode:
             self.refuse_reparameterized("train")
         return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        forget(self)  # of another device or dtype it would only take memory
+        return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         """Say which of the two is reparameterized, where state dict and layer differ in that."""

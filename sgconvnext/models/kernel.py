@@ -4,6 +4,10 @@ Letters: C channels, L tokens, N scales, d taps per scale; "directions" is 1 (ca
 """
 
 import math
+from collections.abc import Sequence
+from inspect import signature
+from numbers import Real
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -41,12 +45,16 @@ def kernel_options(
     for name, choice, known in (("decay", decay, tuple(DECAYS)), ("init", init, INITS)):
         if choice not in known:
             raise ValueError(f"{name} {choice!r} is unknown; use one of {', '.join(known)}")
-    alphas = (alpha, alpha) if isinstance(alpha, int | float) else tuple(alpha)
-    if len(alphas) != 2 or not all(0 < a < math.inf for a in alphas):
-        raise ValueError(f"alpha={alpha} must be a positive number, or a pair of them")
-    if not math.isfinite(exponent):
-        raise ValueError(f"exponent={exponent} must be a finite number")
+    alphas = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, alpha)
+    if len(alphas) != 2 or not all(isinstance(a, Real) and 0 < a < math.inf for a in alphas):
+        raise ValueError(f"alpha={alpha!r} must be a positive number, or a pair of them")
+    if not isinstance(exponent, Real) or not math.isfinite(exponent):
+        raise ValueError(f"exponent={exponent!r} must be a finite number")
     return KernelOptions(decay, (float(alphas[0]), float(alphas[1])), float(exponent), init)
+
+
+# by name; a dict would be a constant for TorchScript, which has none
+KERNEL_DEFAULTS = MappingProxyType({key: each.default for key, each in signature(kernel_options).parameters.items()})
 
 
 def num_scales_for(length: int, scale_dim: int) -> int:
@@ -103,7 +111,7 @@ def multiscale_kernel(weight: Tensor, length: int, options: KernelOptions) -> Te
 
 
 def _upsample(scale: Tensor, size: int) -> Tensor:
-    """(directions, d, C) to (directions, size, C), linearly. A row of an image is faster than a signal in torch."""
+    """(directions, d, C) to (directions, size, C), linearly. torch is faster for a row of an image than a signal."""
     row = scale.unsqueeze(1).permute(0, 3, 1, 2)  # (directions, C, 1, d), channels last
     return F.interpolate(row, size=(1, size), mode="bilinear", align_corners=False).squeeze(2).transpose(1, 2)
 

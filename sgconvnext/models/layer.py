@@ -42,18 +42,15 @@ def _record_whole(layer: nn.Module, x: fx.Proxy, **options: Any) -> Any:
 
 
 def _convolve(layer: Any, x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """x (B, C, L) with the layer's taps for a size. Inference on a CPU keeps what fixed taps come to for that size."""
+    """x (B, C, L) convolved with the layer's taps for a map, or signal, of that size.
+
+    Inference with fixed taps on a CPU keeps what the backend makes of them (spectra, a matrix) for the last size.
+    """
     if layer.taps is None or torch.is_grad_enabled() or not runs_eagerly_on_cpu(x):
         return long_conv(x, layer._taps_for(size), layer.backend)
-    length, dtype = x.shape[-1], x.dtype
-    backend = choose_backend(x) if layer.backend == "auto" else layer.backend
-    prepared = kept(
-        layer,
-        (size, dtype, backend),
-        [layer.taps],
-        lambda: freeze(layer._taps_for(size), length, dtype, backend),
-    )
-    return prepared(x)
+    length, dtype, backend = x.shape[-1], x.dtype, choose_backend(x, layer.backend)
+    key = size, dtype, backend
+    return kept(layer, key, [layer.taps], lambda: freeze(layer._taps_for(size), length, dtype, backend))(x)
 
 
 @register_notrace_module
@@ -122,7 +119,7 @@ class SGConv(KernelGenerator):
         return _convolve(self, x, (length,))
 
     def _convolve_by_chunks(self, x: Tensor) -> Tensor:
-        """What forward does, a chunk of channels at a time. Backward makes the taps again: they are not kept."""
+        """What forward does, a chunk of channels at a time. The taps are not kept: backward makes them again."""
         chunks = self.chunks()
         done = []
         for (a, b), part in zip(chunks, x.split([b - a for a, b in chunks], dim=1), strict=True):
@@ -263,7 +260,7 @@ class SGConv2d(KernelGenerator):
         return taps if size == self.input_size else resize_taps(taps, self.input_size, size)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Say it where a state dict is of another input size; torch would give two shapes."""
+        """Tell that a state dict is of another input size, where torch would tell two shapes."""
         own = torch.Size() if self.taps is not None else self.weight.shape
         theirs = getattr(state.get(f"{prefix}weight"), "shape", own)
         if len(theirs) == len(own) and theirs[:3] == own[:3] and theirs != own:

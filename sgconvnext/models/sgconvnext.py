@@ -1,8 +1,6 @@
 """SGConvNeXt: ConvNeXt's stem, stages and head around SGConv blocks (arXiv 2210.09298, section 4.3.2)."""
 
 import functools
-from inspect import signature
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,10 +23,10 @@ from timm.models._features import feature_take_indices  # what every timm model 
 from timm.models._input import update_model_input_size  # likewise
 from torch import Tensor, fx, nn
 
-from .arguments import refuse_unknown
+from .arguments import BUILDER, refuse_unknown
 from .block import SGConvNeXtBlock
 from .input_size import MIN_SIZE, STEM_STRIDE, stage_grids
-from .kernel import kernel_options
+from .kernel import KERNEL_DEFAULTS
 from .layer import SGConv2d
 from .pretrained import checkpoint_filter_fn
 from .stage import SGConvNeXtStage
@@ -67,16 +65,13 @@ class SGConvNeXt(nn.Module):
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over the blocks.
         device, dtype: of the parameters.
-        sgconv: num_scales, scale_dim, bidirectional and backend, as in SGConv2d, and the options of its kernels.
+        sgconv: num_scales, bidirectional and backend, as in SGConv2d, and the options of its kernels.
 
     Raises:
-        ValueError: an image size below 32, an unknown output stride, or an option that SGConv2d refuses.
+        ValueError: an image size below 32, an unknown output stride or argument, or an option that SGConv2d refuses.
     """
 
-    # a dict would be a constant for TorchScript, which has none
-    kernel_defaults = MappingProxyType(
-        {name: each.default for name, each in signature(kernel_options).parameters.items()}
-    )
+    kernel_defaults = KERNEL_DEFAULTS
 
     def __init__(
         self,
@@ -96,6 +91,7 @@ class SGConvNeXt(nn.Module):
         **sgconv: Any,
     ) -> None:
         super().__init__()
+        refuse_unknown(SGConvNeXt, type(self).__name__, sgconv)
         if len(depths) != 4 or len(dims) != 4:
             raise ValueError(f"depths={tuple(depths)} and dims={tuple(dims)} must name four stages each")
         if output_stride not in (8, 16, 32):
@@ -114,8 +110,8 @@ class SGConvNeXt(nn.Module):
         self.stages = nn.Sequential()
         self.feature_info: list[dict[str, Any]] = []
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        shapes = zip(stage_grids(img_size), _strides(output_stride), strict=True)
-        for i, (grid, (stride, dilation, reduction)) in enumerate(shapes):
+        for i, (grid, strides) in enumerate(zip(stage_grids(img_size), _strides(output_stride), strict=True)):
+            stride, dilation, reduction = strides
             options = {"ls_init_value": ls_init_value, **sgconv, **dd}
             stage = SGConvNeXtStage(
                 dims[max(i - 1, 0)],
@@ -148,11 +144,6 @@ class SGConvNeXt(nn.Module):
                         module.weight.mul_(self.head_init_scale)
             elif isinstance(module, nn.LayerNorm | SGConv2d | SGConvNeXtBlock):
                 module.reset_parameters()
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """No name: as in ConvNeXt, biases, norms, layer scale and skip are exempt for being one-dimensional."""
-        return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -301,7 +292,7 @@ default_cfgs = generate_default_cfgs(
 
 def _build(size: str, pretrained: bool, **kwargs: Any) -> SGConvNeXt:
     name = f"sgconvnext_{size}"
-    refuse_unknown(name, kwargs, [key for key in signature(SGConvNeXt).parameters if key != "sgconv"])
+    refuse_unknown(SGConvNeXt, name, kwargs, BUILDER)
     source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained and not source.has_weights and not source.state_dict:
         raise ValueError(

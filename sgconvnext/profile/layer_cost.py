@@ -8,8 +8,6 @@ from torch import Tensor
 from ..longconv import BACKENDS, choose_backend, cost
 from ..models.layer import SGConv, SGConv2d
 
-Layer = SGConv | SGConv2d
-
 
 class LayerCost(NamedTuple):
     """MACs of making the taps, of the paper's algorithm, and of what the backend executes; the number of outputs."""
@@ -20,24 +18,23 @@ class LayerCost(NamedTuple):
     activations: int
 
 
-def layer_cost(layer: Layer, output: Tensor | tuple[Tensor, ...]) -> LayerCost:
+def layer_cost(layer: SGConv | SGConv2d, output: Tensor | tuple[Tensor, ...]) -> LayerCost:
     """The cost of the call of a layer that returned ``output``."""
     y = output[0] if isinstance(output, tuple) else output  # a tuple if the kernel was asked for too
     dilation = getattr(layer, "dilation", 1)  # each of the r x r subsampled maps is a signal
     phase = [-(-int(size) // dilation) for size in y.shape[2:]]
     batch, channels, length = int(y.shape[0]) * dilation ** len(phase), layer.channels, math.prod(phase)
     signal = y.new_empty(1).expand(batch, channels, length)  # takes no memory
-    backend = choose_backend(signal) if layer.backend == "auto" else layer.backend
     num_taps = 2 * length - 1 if layer.bidirectional else length
     return LayerCost(
         cost.linear_interpolation(interpolated_taps(layer)) / 2,
         cost.algorithm(batch, channels, length) / 2,
-        BACKENDS[backend].flops(batch, channels, length, num_taps) / 2,
+        BACKENDS[choose_backend(signal, layer.backend)].flops(batch, channels, length, num_taps) / 2,
         math.prod(map(int, y.shape)),
     )
 
 
-def interpolated_taps(layer: Layer) -> int:
+def interpolated_taps(layer: SGConv | SGConv2d) -> int:
     """Taps that are interpolated to make the kernel: all of the third scale and of later ones that it reaches."""
     if layer.taps is not None:
         return 0  # they were made by `reparameterize`
@@ -46,7 +43,7 @@ def interpolated_taps(layer: Layer) -> int:
     return directions * channels * sum(size for size in sizes if size < layer.length)
 
 
-def _macs(layer: Layer, output: Any) -> int:
+def _macs(layer: SGConv | SGConv2d, output: Any) -> int:
     """MACs of a call, counted as the paper's algorithm, as `sgconvnext.profile.flops` does, and of making the taps."""
     call = layer_cost(layer, output)
     return round(call.kernel + call.algorithm)

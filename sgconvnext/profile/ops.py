@@ -109,7 +109,7 @@ def measure(layer: Layer, session: Session) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     device = torch.device(layer.device)
     sets = [prepare(layer) for _ in range(SETS.get(layer.device, 1))]
-    steps = {name: _in_turns([steps[name] for steps in sets]) for name in sets[0]}
+    steps = {name: _in_turns([each[name] for each in sets]) for name in sets[0]}
     errors = errors_of(layer, [name for name in steps if name in BACKENDS], session)
     for name in [name for name in errors if is_wrong(errors[name], layer)]:
         session.fail(f"{name} in {layer} is wrong: its errors are not within {TOLERANCE[layer.dtype]:g}.")

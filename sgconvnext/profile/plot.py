@@ -48,7 +48,7 @@ def draw(rows: Rows, accuracies: dict[str, float], path: Path) -> None:
     """Draw the rows of a throughput table that have FLOPs and a speed.
 
     Args:
-        rows: as `throughput.table` makes them.
+        rows: as `throughput.tables` makes them.
         accuracies: top-1 in percent by model; empty for none.
         path: of the PNG.
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import relative_error
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, GlobalResponseNormMlp, Mlp
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
@@ -64,6 +65,20 @@ def test_block_in_chunks_equals_the_whole(
     dy = torch.randn(SHAPE)
     for got, want in zip(gradients(module, x, dy), whole(module, gradients, x, dy), strict=True):
         assert relative_error(got, want) <= 1e-5
+
+
+@pytest.mark.parametrize("part", ["mlp", "norm"])
+@pytest.mark.parametrize("reparameterized", [False, True])
+def test_what_looks_at_the_whole_map_is_given_the_whole_map(reparameterized: bool, part: str) -> None:
+    module, x = SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0).eval(), torch.randn(SHAPE)
+    replaced = GlobalResponseNormMlp(8, 16, use_conv=False) if part == "mlp" else GlobalResponseNorm(8)
+    for parameter in replaced.parameters():
+        nn.init.normal_(parameter)
+    setattr(module, part, replaced)
+    if reparameterized:
+        module.sgconv.reparameterize()
+    with torch.no_grad():
+        assert torch.equal(module(x), whole(module, run, x))
 
 
 def test_few_tokens_are_not_cut(chunks: list[torch.Size]) -> None:

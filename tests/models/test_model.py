@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from sgconvnext import SGConv
+from sgconvnext import SGConv, SGConvNeXt
 from sgconvnext.longconv import BACKENDS
 from sgconvnext.models.block import SGConvNeXtBlock
 from sgconvnext.models.kernel import multiscale_kernel
@@ -220,9 +220,22 @@ def test_own_weights_are_loaded_from_a_file(tmp_path: Path) -> None:
     assert_same_norms(loaded, norms(saved))
 
 
-def test_unknown_keyword_is_refused() -> None:
-    with refused("sgconvnext_atto has no argument 'kernel_sise'"):
-        small_model(kernel_sise=7)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_scalse": 3}, ["no argument 'num_scalse'", "did you mean 'num_scales'?"]),
+        ({"scale_dim": 8}, ["no scale_dim", "use num_scales"]),
+        ({"sgconv": 3}, ["no argument 'sgconv'"]),
+        ({"dilation": 2}, ["no argument 'dilation'", "it takes in_chans, num_classes,"]),
+        ({"act_layer": "relu"}, ["no act_layer", "always GELU"]),
+    ],
+    ids=str,
+)
+def test_unknown_argument_is_refused_however_the_model_is_built(options: dict[str, Any], words: list[str]) -> None:
+    with refused("SGConvNeXt has", *words):
+        SGConvNeXt(**options)
+    with refused("sgconvnext_atto has", *words):
+        small_model(**options)
 
 
 @pytest.mark.parametrize(

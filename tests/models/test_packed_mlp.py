@@ -199,6 +199,14 @@ def test_weights_of_another_dtype_are_given_up() -> None:
     assert block not in _KEPT
 
 
+def test_what_is_kept_is_freed_when_the_block_moves() -> None:
+    block = fixed_block()
+    branch(block, torch.randn(SHAPE))
+    assert {block, block.sgconv} <= set(_KEPT)
+    block.to("meta")
+    assert not {block, block.sgconv} & set(_KEPT)
+
+
 def test_copies_pack_their_own() -> None:
     block, x = fixed_block(), torch.randn(SHAPE)
     want = branch(block, x)
