@@ -32,6 +32,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.mark.end_to_end
 def test_standard_output_that_knows_no_such_letter_gets_another(capsys: pytest.CaptureFixture[str]) -> None:
     process = subprocess.run(
         [sys.executable, "-c", "from sgconvnext import console; console.tell('x', 'runs/\\u017eluv\\udcff\\n')"],

@@ -295,6 +295,7 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: p
     assert not os.listdir(tmp_path / "folder")
 
 
+@pytest.mark.end_to_end
 def test_command_exports_and_refuses_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

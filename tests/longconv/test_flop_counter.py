@@ -70,6 +70,7 @@ def flops(module: nn.Module, x: Tensor) -> int:
 KERNEL_FLOPS = 2 * 2 * (8 + 16 + 32) * 3
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
 def test_import_alone_makes_torch_count_a_layer_forward(backend: str, alone: dict[str, Any]) -> None:
     assert alone[backend][0] == BACKENDS[backend].flops(3, 2, 49, 97) + KERNEL_FLOPS

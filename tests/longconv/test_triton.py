@@ -173,6 +173,7 @@ def test_operators_pass_torchs_own_checks(causal: bool, operator: str) -> None:
     torch.library.opcheck(function.default, arguments)
 
 
+@pytest.mark.end_to_end
 def test_layer_compiles_without_a_graph_break_under_autocast() -> None:
     torch.compiler.reset()
     layer = SGConv2d(3, (4, 6), backend="triton", device=DEVICE)
@@ -267,6 +268,7 @@ assert not [name for name in sys.modules if name.startswith("sgconvnext") and "p
 """
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("hidden", "words"), [(True, ["package triton", "not installed"]), (False, ["CUDA device", "x is on cpu"])]
 )
@@ -351,6 +353,7 @@ def test_tiles_cost_what_they_cost_by_hand() -> None:
     assert tiles.conv_macs(256, 96, 3136, 0, 3135) == 96 * 256 * 256 * 64 * (sum(range(4, 49, 4)) + 49)
 
 
+@pytest.mark.end_to_end
 def test_count_of_a_model_has_the_operator_in_it() -> None:
     model, x = small_model(backend="triton").bfloat16().to(DEVICE), torch.randn(2, 3, 64, 64, device=DEVICE).bfloat16()
     counted = count(model, x)

@@ -54,7 +54,7 @@ def by_onnxruntime(path: Path, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
 @each_form
-@pytest.mark.parametrize("dynamo", [False, True], ids=["legacy", "dynamo"])
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.end_to_end)], ids=["legacy", "dynamo"])
 def test_onnx_file_gives_what_the_network_gives(
     dynamo: bool, reparameterized: bool, dynamic: bool, tmp_path: Path
 ) -> None:
@@ -66,7 +66,7 @@ def test_onnx_file_gives_what_the_network_gives(
 
 
 @each_form
-@pytest.mark.parametrize("opset", [17, 18, 19, 20])
+@pytest.mark.parametrize("opset", [17, *(pytest.param(n, marks=pytest.mark.end_to_end) for n in (18, 19)), 20])
 def test_every_opset_of_the_legacy_exporter_has_the_convolution(
     opset: int, reparameterized: bool, tmp_path: Path
 ) -> None:

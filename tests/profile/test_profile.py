@@ -182,6 +182,7 @@ def test_commands_tell_memory_from_other_errors(run: Run, monkeypatch: pytest.Mo
         run("flops", ATTO)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler:UserWarning")
 def test_training_takes_longer_than_inference(run: Run, no_children: None) -> None:
     text = run("throughput", ATTO, "--mode", "inference", "training", "--img-size", 64, "--batch", 4, "--json", *BRIEF)
