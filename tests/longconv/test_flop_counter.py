@@ -76,12 +76,14 @@ def test_import_alone_makes_torch_count_a_layer_forward(backend: str, alone: dic
     assert alone[backend][0] == BACKENDS[backend].flops(3, 2, 49, 97) + KERNEL_FLOPS
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
 def test_taps_that_a_layer_kept_are_counted_all_the_same(backend: str, alone: dict[str, Any]) -> None:
     """A count that depends on what ran before it would compare two networks unfairly."""
     assert alone[backend][1] == alone[backend][0] > 0
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("backend", ["fft", "dft", "toeplitz", "reference"])
 def test_import_alone_makes_torch_count_a_layer_backward(backend: str, alone: dict[str, Any]) -> None:
     # 6 signals and 2 kernels. Forward: x, y, taps. Backward: dy, dx, x, taps and dtaps; three products
@@ -93,6 +95,7 @@ def test_import_alone_makes_torch_count_a_layer_backward(backend: str, alone: di
     assert alone[backend][2] == want[backend] + 2 * KERNEL_FLOPS
 
 
+@pytest.mark.end_to_end
 def test_import_alone_makes_torch_count_a_network(alone: dict[str, Any]) -> None:
     """All that `count` says is executed, but for norms and pooling, which torch counts for nobody."""
     tokens, channels = (256, 64, 16, 4), (8, 16, 24, 32)
@@ -102,11 +105,13 @@ def test_import_alone_makes_torch_count_a_network(alone: dict[str, Any]) -> None
     assert alone["sgconvnext"] == 2 * (counted.executed - norms)
 
 
+@pytest.mark.end_to_end
 def test_import_leaves_the_count_of_convnext_as_it_is(alone: dict[str, Any]) -> None:
     before, after = alone["convnext"]
     assert before == after > 0
 
 
+@pytest.mark.end_to_end
 def test_import_is_cheap(alone: dict[str, Any]) -> None:
     assert alone["imported"] == []
 
