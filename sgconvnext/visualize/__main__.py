@@ -89,25 +89,35 @@ def parse_args() -> argparse.Namespace:
         )
         if name in ("features", "erf"):
             sub.add_argument(
-                "image", nargs="?", type=console.path, metavar="IMAGE", help="else the run's validation images"
+                "image",
+                nargs="?",
+                type=console.path,
+                metavar="IMAGE",
+                help="an image file (the run's validation images)",
             )
         if name in ("kernels", "footprint"):
-            sub.add_argument("--block", type=console.count, default=1, metavar="N", help="of every stage, from 1 (1)")
+            sub.add_argument(
+                "--block", type=console.count, default=1, metavar="N", help="block of every stage, from 1 (1)"
+            )
         if name == "erf":
             sub.add_argument(
                 "--against",
                 type=console.path,
                 metavar="CHECKPOINT_OR_MODEL",
-                help="(an untrained ConvNeXt of its size)",
+                help="the network beside it (an untrained ConvNeXt of its size)",
             )
-            sub.add_argument("--images", type=console.count, default=32, metavar="N", help="to average over (32)")
+            sub.add_argument(
+                "--images", type=console.count, default=32, metavar="N", help="images to average over (32)"
+            )
         if name == "pruning":
             sub.add_argument(
                 "--images", type=console.count, default=2000, metavar="N", help="validation images (2000)"
             )
-        sub.add_argument("--use-ema", action="store_true", help="the checkpoint's average of the weights")
-        sub.add_argument("--set", dest="knobs", nargs="+", default=[], metavar="section.key=value", help="of the run")
-        sub.add_argument("--out", type=console.path, metavar="PNG", help=f"({name}.png)")
+        sub.add_argument("--use-ema", action="store_true", help="draw the checkpoint's average of the weights")
+        sub.add_argument(
+            "--set", dest="knobs", nargs="+", default=[], metavar="section.key=value", help="knobs of the run"
+        )
+        sub.add_argument("--out", type=console.path, metavar="PNG", help=f"picture to write ({name}.png)")
     return parser.parse_args()
 
 
