@@ -179,7 +179,7 @@ def _measure(problem: Problem, device: str, session: Session, result: Table, win
     if problem.chosen not in steps:  # there is nothing to compare with
         return
     timings = dict(zip(steps, session.time(str(problem), list(steps.values()), torch.device(device)), strict=True))
-    # by the ratio, from which a machine that slows down drops out
+    # by the ratio, in which a slowdown of the machine cancels out
     winners[problem] = max(timings, key=lambda tile: timings[tile].ratio)
     result.rows += [_row(problem, tile, errors, timings, winners[problem]) for tile in problem.tiles()]
 

@@ -162,7 +162,7 @@ def _peak_here(spec: str, work: Workload, threads: int) -> int:
     torch.set_num_threads(threads)
     layer = nn.Linear(1, 1)
     create_optimizer_v2(layer, opt="adamw", lr=1e-3, weight_decay=0.05).step()  # imports half of torch
-    with contextlib.suppress(OSError):  # where Linux can forget the peak of the imports, it shall
+    with contextlib.suppress(OSError):  # on Linux this sets back the peak, which the imports raised
         Path("/proc/self/clear_refs").write_text("5")
     before, _ = _resident()
     step = prepare(spec, work)

@@ -1,5 +1,6 @@
 """profile ops: what is timed and checked beside the 7x7 convolution, and that a wrong backend is seen."""
 
+import functools
 import json
 import math
 import sys
@@ -11,7 +12,7 @@ import torch
 from helpers import BACKENDS_HERE
 from torch import Tensor
 
-from sgconvnext.longconv import BACKENDS
+from sgconvnext.longconv import BACKENDS, Backend, long_conv
 from sgconvnext.profile import __main__ as main
 from sgconvnext.profile import ops, timing
 from sgconvnext.profile.session import Session
@@ -69,16 +70,21 @@ def test_every_backend_that_fits_is_checked_and_timed_beside_the_depthwise_convo
     assert "median" in " ".join(table["notes"])
 
 
-def broken(fault: str) -> Callable[[Tensor, Tensor], Tensor]:
-    toeplitz = BACKENDS["toeplitz"]
-    return {
+def as_backend(function: Callable[[Tensor, Tensor], Tensor]) -> Backend:
+    return Backend(BACKENDS["toeplitz"].flops, plain=function)
+
+
+def broken(fault: str) -> Backend:
+    toeplitz = functools.partial(long_conv, backend="toeplitz")
+    faults: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "reversed": lambda x, taps: toeplitz(x, taps.flip(-1)),
         "zero": lambda x, taps: 0 * (x + taps.sum().to(x.dtype)),
         "NaN": lambda x, taps: toeplitz(x, taps) * math.nan,
         "last channel": lambda x, taps: torch.cat([toeplitz(x, taps)[:, :-1], x[:, -1:]], 1),
         "dx": lambda x, taps: toeplitz(1.02 * x - 0.02 * x.detach(), taps),
         "dtaps": lambda x, taps: toeplitz(x, 1.02 * taps - 0.02 * taps.detach()),
-    }[fault]
+    }
+    return as_backend(faults[fault])
 
 
 @pytest.mark.parametrize("fault", ["reversed", "zero", "NaN", "last channel", "dx", "dtaps"])
@@ -98,7 +104,7 @@ def test_backend_that_fails_leaves_the_others_in(run: Callable[..., Any], monkey
     def fails(x: Tensor, taps: Tensor) -> Tensor:
         raise ValueError("out of resource")
 
-    monkeypatch.setitem(BACKENDS, "toeplitz", fails)
+    monkeypatch.setitem(BACKENDS, "toeplitz", as_backend(fails))
     table, code = run("--shape", "4x9x9", "--batch", 2, "--mode", "inference")
     assert code == 1
     assert [row["what"] for row in table["rows"][3:]] == ["fft", "dft", "reference"]

@@ -27,7 +27,7 @@ CONV, DTAPS = Tile(32, 64, 64, 4, 2), Tile(64, 64, 32, 4, 3)  # what tiles.py ch
 def programs(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The Triton programs in the interpreter, for two candidates of each operator."""
     pytest.importorskip("triton")
-    if not triton_toeplitz._INTERPRETED:
+    if not triton_toeplitz._RUNS_ON_CPU:
         pytest.skip("of the interpreter")
     from sgconvnext.longconv.triton import programs as triton_programs
 
