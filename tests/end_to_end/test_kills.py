@@ -29,8 +29,8 @@ def test_run_on_a_disk_without_symbolic_links_survives_kills(disk: str, tmp_path
         assert not list(out.glob("*.partial"))
 
 
-def test_run_of_two_processes_survives_four_kills_of_torchrun(tmp_path: Path) -> None:
-    assert len(survive(tmp_path, kills=4, processes=2, seed=1)) == 4
+def test_run_of_two_processes_survives_two_kills_of_torchrun(tmp_path: Path) -> None:
+    assert len(survive(tmp_path, kills=2, processes=2, seed=1)) == 2
 
 
 def test_processes_stop_when_torchrun_is_killed(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_processes_stop_when_torchrun_is_killed(tmp_path: Path) -> None:
     assert "SIGTERM: stopped after" in (tmp_path / "0.log").read_text()
 
 
-def test_torchrun_restarts_a_run_whose_processes_are_killed_four_times(tmp_path: Path) -> None:
-    log = restart(tmp_path, kills=4, seed=2)
-    assert log.count("disk: ") == 5  # it started once, and four times again
+def test_torchrun_restarts_a_run_whose_processes_are_killed_twice(tmp_path: Path) -> None:
+    log = restart(tmp_path, kills=2, seed=2)
+    assert log.count("disk: ") == 3  # it started once, and twice again
     assert "best top-1" in log
