@@ -58,14 +58,14 @@ def exactly(tile: Tile, length: int, causal: bool, batch: int, gradient: bool) -
     return max(relative_error(y, truth["y"]), relative_error(dx, truth["dx"]))
 
 
-@pytest.mark.parametrize("length", [1, 100, 257, 300])
+@pytest.mark.parametrize("length", [1, 100, 257])  # within a tile, and one more than its whole number
 @each_side
 @pytest.mark.parametrize("tile", sorted({tile for *_, tile in CONV_TILES}), ids=lambda tile: "x".join(map(str, tile)))
 def test_every_tile_convolves(tile: Tile, causal: bool, length: int) -> None:
     assert exactly(tile, length, causal, tile.rows + 1, gradient=False) <= (1e-6 if DEVICE == "cpu" else 1e-3)
 
 
-@pytest.mark.parametrize("length", [1, 100, 257, 300])
+@pytest.mark.parametrize("length", [1, 100, 257])  # within a tile, and one more than its whole number
 @each_side
 @pytest.mark.parametrize(
     "tile",
