@@ -26,6 +26,7 @@ def _two_sided(taps: Tensor, length: int) -> Tensor:
 def toeplitz(taps: Tensor) -> Tensor:
     """T (C, s, t) = K[c, t - s] of taps (C, 2L-1)."""
     length = (taps.shape[-1] + 1) // 2
+    taps = taps.contiguous()  # T then is laid out, and its products are rounded, the same for taps of every layout
     return taps.unfold(-1, length, 1).flip(1)  # window i holds the lags i-(L-1) .. i, the row s = L-1-i of T
 
 

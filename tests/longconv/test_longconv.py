@@ -120,6 +120,16 @@ def test_backend_takes_an_expanded_gradient(subject: Subject, causal: bool) -> N
         assert relative_error(got, want[name]) <= 1e-6, name
 
 
+def test_toeplitz_rounds_alike_for_taps_of_every_layout() -> None:
+    x, taps = torch.randn(64, 320, 4, requires_grad=True), torch.randn(320, 7)
+    dy = torch.randn(64, 320, 4)
+    results = []
+    for laid_out_taps in (taps, taps.t().contiguous().t()):
+        y = long_conv(x, laid_out_taps, "toeplitz")
+        results.append(torch.stack([y, *torch.autograd.grad(y, [x], dy)]))
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("only", ["x", "taps"])
 @each_backend
 def test_gradient_of_one_input_alone_is_the_same(subject: Subject, only: str) -> None:
