@@ -119,7 +119,7 @@ def workloads(args: argparse.Namespace, batches: list[int], sizes: list[tuple[in
     ways = [{WAYS[name]: True for name in run} for run in args.run]
     always = {field: True for field in WAYS.values() if getattr(args, field)}
     if "training" in args.mode and any("reparameterize" in way | always for way in ways):
-        raise ValueError("--reparameterize is for inference: a model without its kernels' parameters cannot train")
+        raise ValueError("--reparameterize, or reparameterized in --run, is for inference: such a model cannot train")
     return [
         [Workload(mode, batch, size, args.dtype, device=args.device, **(way | always)) for way in ways]
         for mode, batch, size in itertools.product(args.mode, batches, sizes)
