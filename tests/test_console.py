@@ -20,8 +20,6 @@ from sgconvnext.profile import throughput
 from sgconvnext.training import checkpoint
 
 ATTO = "sgconvnext_atto,depths=[1,1,1,1],dims=[8,16,24,32]"
-FULL = Path("/dev/full")
-needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 
 
 @pytest.fixture(scope="module")
