@@ -42,6 +42,11 @@ def refuse_misfit(model: nn.Module, found: Mapping[str, Any], place: str, skip: 
         raise ValueError(f"{place} {told}")
 
 
+def is_convnext(found: Mapping[str, Any]) -> bool:
+    """Whether weights are of a ConvNeXt: in timm's names, in those of its authors, or within a CLIP model."""
+    return any(".conv_dw." in key or ".dwconv." in key for key in found if isinstance(key, str))
+
+
 def classifiers(model: Any) -> tuple[str, ...]:
     """The names of the last layers, one for each set of logits, by timm's configuration of the model."""
     return _names(model, "classifier")
@@ -106,8 +111,8 @@ def _other_mixer(_: Any, own: Shapes, found: Shapes) -> str:
 
     if mixed(own, "sgconv") and mixed(found, "conv_dw|dwconv"):
         return (
-            "is of a ConvNeXt: its 7x7 convolutions cannot become global ones; name a convnext model, or a checkpoint "
-            "of an SGConvNeXt"
+            "is of a ConvNeXt, whose 7x7 kernels this model does not hold; name sgconvnext_NAME_gap3, which does, or "
+            "a checkpoint of an SGConvNeXt"
         )
     if mixed(own, "conv_dw") and mixed(found, "dwconv"):
         return (
@@ -119,8 +124,9 @@ def _other_mixer(_: Any, own: Shapes, found: Shapes) -> str:
     return ""
 
 
-def _other_size(_: Any, own: Shapes, found: Shapes) -> str:
-    (depths, dims), (their_depths, their_dims) = _stages(own), _stages(found)
+def other_size(_: Any, own: Shapes, found: Shapes) -> str:
+    """Why weights of other depths or widths do not fit; empty if they have the model's."""
+    (depths, dims), (their_depths, their_dims) = stages(own), stages(found)
     if not their_depths or (depths, dims) == (their_depths, their_dims):
         return ""
     return (
@@ -129,7 +135,7 @@ def _other_size(_: Any, own: Shapes, found: Shapes) -> str:
     )
 
 
-def _stages(shapes: Shapes) -> tuple[list[int], list[int]]:
+def stages(shapes: Shapes) -> tuple[list[int], list[int]]:
     """Blocks, and width, of each stage of ConvNeXt's names."""
     depths: dict[int, int] = {}
     for key in shapes:
@@ -216,6 +222,6 @@ def _kind(tensor: Tensor) -> str:
 
 
 _CHECKS: tuple[Callable[[Any, Shapes, Shapes], str], ...] = (
-    *(_prefixed, _reparameterized, _other_mixer, _other_size, _other_kernels, _other_channels, _other_classes),
+    *(_prefixed, _reparameterized, _other_mixer, other_size, _other_kernels, _other_channels, _other_classes),
     _other_keys,
 )

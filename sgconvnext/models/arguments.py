@@ -17,13 +17,11 @@ WITHOUT_MEANING = {
     "patch_size": "the stem always has 4x4 patches; dims and depths are what can be changed",
     "stem_type": "the stem is always ConvNeXt's patches of 4x4",
     "conv_mlp": "the MLP is always of linear layers, which compute the same as 1x1 convolutions",
-    "conv_bias": "SGConv has a skip in place of a bias; the stem and the downsampling always have theirs",
+    "conv_bias": "SGConv has a bias of its own (bias=True); the stem and the downsampling always have theirs",
     "use_grn": "the MLP is ConvNeXt's, not ConvNeXt-V2's: it has no response norm",
     "act_layer": "the activation is always GELU",
     "norm_layer": "the norm is always LayerNorm",
-    "norm_eps": "LayerNorm's eps is always timm's 1e-6",
     "head_norm_first": "the head always pools first, then norms",
-    "head_hidden_size": "the head is always one linear layer",
     "drop_block_rate": "there is no DropBlock; use drop_path_rate or drop_rate",
     "bn_momentum": "there is no batch norm",
     "bn_eps": "there is no batch norm",
@@ -34,7 +32,7 @@ WITHOUT_MEANING = {
 OWN = {"model_cls", "variant", "kwargs", "feature_cfg", "pretrained_filter_fn"}  # which are given here
 BUILDER = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "feature_cls", "out_indices"} - OWN
 # Of SGConv2d and its kernels, which every stage passes on
-SGCONV = ["num_scales", "bidirectional", "backend", *KERNEL_DEFAULTS]
+SGCONV = ["num_scales", "bidirectional", "backend", "row_gap", "bias", *KERNEL_DEFAULTS]
 
 
 def refuse_unknown(model: type, name: str, kwargs: dict[str, Any], builder: Collection[str] = ()) -> None:

@@ -19,6 +19,7 @@ class SGConvNeXtBlock(nn.Module):
         input_size: H, W that the kernel is built for.
         drop_path: probability of dropping the branch of a sample.
         ls_init_value: initial layer scale gamma; None for no layer scale.
+        norm_eps: of the LayerNorm.
         device, dtype: of the parameters.
         sgconv: further options of SGConv2d.
     """
@@ -30,6 +31,7 @@ class SGConvNeXtBlock(nn.Module):
         *,
         drop_path: float = 0.0,
         ls_init_value: float | None = 1e-6,
+        norm_eps: float = 1e-6,
         device: Any = None,
         dtype: Any = None,
         **sgconv: Any,
@@ -37,7 +39,7 @@ class SGConvNeXtBlock(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.sgconv = SGConv2d(channels, input_size, **sgconv, **dd)
-        self.norm = LayerNorm(channels, **dd)
+        self.norm = LayerNorm(channels, eps=norm_eps, **dd)
         self.mlp = Mlp(channels, 4 * channels, **dd)
         self.ls_init_value = ls_init_value
         self.gamma = nn.Parameter(torch.empty(channels, **dd)) if ls_init_value is not None else None

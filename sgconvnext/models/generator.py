@@ -27,7 +27,8 @@ class KernelGenerator(nn.Module):
     """Parameters to taps: one kernel per channel and direction, with the fixed norm of Eq. 1.
 
     Parameters: ``weight`` (directions, N, C, d), ``skip`` (C); buffer ``kernel_norm`` (directions, C, 1). After
-    `reparameterize` none of them, but the buffer ``taps``: (C, 2L-1) if bidirectional, else (C, L).
+    `reparameterize` none of them, but the buffer ``taps``: (C, 2L-1) if bidirectional, else (C, L). A layer calls
+    `reset_parameters` once it has all its parameters.
     """
 
     options: KernelOptions
@@ -74,7 +75,6 @@ class KernelGenerator(nn.Module):
         self.skip = nn.Parameter(torch.empty(channels, **dd))
         self.register_buffer("kernel_norm", torch.empty(directions, channels, 1, **dd))
         self.register_buffer("taps", None)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw ``weight`` and ``skip`` anew and fix ``kernel_norm``, so that every kernel has L2 norm 1."""

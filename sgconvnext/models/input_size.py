@@ -32,6 +32,17 @@ def map_size(size: int | tuple[int, int]) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def scale_dim_with_gap(height: int, width: int, row_gap: int) -> int:
+    """d of a layer whose rows are g columns apart: d = max(ceil(L / 16), ceil((g (W + g) + g + 1) / 2)), at most L.
+
+    L = H (W + g). The first two scales have a parameter for every tap. With this d they reach the lags of a
+    (2g+1) x (2g+1) kernel, of which the farthest is g (W + g) + g.
+    """
+    length = height * (width + row_gap)
+    reach = row_gap * (width + row_gap) + row_gap + 1
+    return min(length, max(-(-length // 16), -(-reach // 2)))
+
+
 def resize_taps(taps: Tensor, built: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Taps for another feature map, each at the 2-D offset that it was built for.
 

@@ -88,11 +88,7 @@ def multiscale_kernel(weight: Tensor, length: int, options: KernelOptions) -> Te
     """
     weight = weight.transpose(2, 3).contiguous()  # (directions, N, d, C): every step then works on whole rows
     if options.decay == "scale":
-        start, end = options.alpha
-        inverse = torch.linspace(1 / start, 1 / end, weight.shape[3], device=weight.device, dtype=weight.dtype)
-        scale = torch.arange(weight.shape[1], device=weight.device)
-        factor = inverse ** scale[:, None, None]
-        weight = weight / factor.to(weight.dtype)  # in ONNX linspace is float64 whatever its dtype here
+        weight = weight / _inverse_decay(weight, options)
     size = weight.shape[2]
     scales = [weight[:, 0]]
     covered = size
@@ -105,9 +101,57 @@ def multiscale_kernel(weight: Tensor, length: int, options: KernelOptions) -> Te
         covered = covered + size
     kernel = torch.cat(scales, dim=1)[:, :length]
     if options.decay == "position":
-        position = torch.arange(1, length + 1, device=weight.device, dtype=weight.dtype)
-        kernel = kernel * position[:, None] ** (-options.exponent)
+        kernel = kernel * _positions(kernel) ** (-options.exponent)
     return kernel.transpose(1, 2)
+
+
+def _inverse_decay(weight: Tensor, options: KernelOptions) -> Tensor:
+    """alpha_c^-i (N, 1, C) for a weight (directions, N, d, C)."""
+    start, end = options.alpha
+    inverse = torch.linspace(1 / start, 1 / end, weight.shape[3], device=weight.device, dtype=weight.dtype)
+    scale = torch.arange(weight.shape[1], device=weight.device)
+    factor = inverse ** scale[:, None, None]
+    return factor.to(weight.dtype)  # in ONNX linspace is float64 whatever its dtype here
+
+
+def _positions(kernel: Tensor) -> Tensor:
+    """j + 1 of every tap (L, 1) of a kernel (directions, L, C)."""
+    return torch.arange(1, kernel.shape[1] + 1, device=kernel.device, dtype=kernel.dtype)[:, None]
+
+
+def nearest_weight(kernel: Tensor, num_scales: int, scale_dim: int, options: KernelOptions) -> Tensor:
+    """The weight whose `multiscale_kernel` is nearest to a kernel: the inverse where there is one.
+
+    The first two scales have a parameter for each tap, which it takes over. The later ones have fewer. There it solves
+    for the least squares of the difference; of decay="position", before the decay.
+
+    Args:
+        kernel: (directions, C, L), L <= 2^(N-1) d.
+        num_scales: N.
+        scale_dim: d.
+        options: of the kernel.
+
+    Returns:
+        weight (directions, N, C, d) in float64.
+    """
+    kernel = kernel.double().transpose(1, 2)  # (directions, L, C)
+    if options.decay == "position":
+        kernel = kernel * _positions(kernel) ** options.exponent
+    weight = kernel.new_zeros(kernel.shape[0], num_scales, scale_dim, kernel.shape[2])
+    first = 0
+    for i in range(num_scales):
+        size = scale_dim * 2 ** max(i - 1, 0)
+        taps = kernel[:, first : first + size]  # the last scale is cut
+        if i < 2:
+            weight[:, i, : taps.shape[1]] = taps
+        elif taps.any():  # a converted ConvNeXt has none here
+            unit = torch.eye(scale_dim, dtype=kernel.dtype, device=kernel.device)
+            upsample = _upsample(unit[None], size)[0, : taps.shape[1]]
+            weight[:, i] = torch.linalg.pinv(upsample.T @ upsample, hermitian=True) @ (upsample.T @ taps)
+        first += size
+    if options.decay == "scale":
+        weight = weight * _inverse_decay(weight, options)
+    return weight.transpose(2, 3)
 
 
 def _upsample(scale: Tensor, size: int) -> Tensor:
@@ -138,6 +182,18 @@ def lag_taps(kernel: Tensor, skip: Tensor) -> Tensor:
     behind = [kernel[0, :1] + skip, kernel[0, 1:]]  # lags >= 0: tokens of the past
     ahead = [] if kernel.shape[0] == 1 else [kernel[1, :-1].flip(0)]
     return torch.cat(ahead + behind).t()
+
+
+def kernel_of_lags(taps: Tensor, bidirectional: bool) -> Tensor:
+    """The kernel (directions, C, L) of taps by lag: what `lag_taps` orders, with a skip of zero.
+
+    No output reaches the last tap of k-, which is zero here.
+    """
+    if not bidirectional:
+        return taps[None]
+    length = (taps.shape[1] + 1) // 2
+    ahead = F.pad(taps[:, : length - 1].flip(1), (0, 1))
+    return torch.stack([taps[:, length - 1 :], ahead])
 
 
 def cosines(weight: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Letters: B batch, C channels, L tokens, H W feature map, N scales, d taps per sc
 """
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,17 @@ from ..longconv import choose_backend, freeze, long_conv
 from ..longconv.context import is_transformed, runs_eagerly_on_cpu
 from ..longconv.fft import plain_long_conv
 from .generator import KernelGenerator
-from .input_size import map_size, resize_taps, stretch
+from .input_size import map_size, resize_taps, scale_dim_with_gap, stretch
 from .kept import kept
-from .kernel import KernelOptions, kernel_options, lag_taps, scale_dim_for
+from .kernel import (
+    KernelOptions,
+    kernel_of_lags,
+    kernel_options,
+    lag_taps,
+    nearest_weight,
+    num_scales_for,
+    scale_dim_for,
+)
 
 
 def _check_input(x: Tensor, channels: int, layout: str) -> None:
@@ -103,6 +111,7 @@ class SGConv(KernelGenerator):
             device=device,
             dtype=dtype,
         )
+        self.reset_parameters()
 
     def forward(self, x: Tensor, return_kernel: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Map x (B, C, T), T <= L, to y of the same shape and dtype; with return_kernel also k (directions, C, T)."""
@@ -184,14 +193,22 @@ def _join_phases(x: Tensor, dilation: int, size: tuple[int, int]) -> Tensor:
 class SGConv2d(KernelGenerator):
     """Global depthwise convolution of feature maps: flatten row by row, SGConv, unflatten (section 4.3.2).
 
-    The equation is SGConv's with L = H*W and t = row * W + column. The kernel is built for ``input_size`` and usable
-    at any H, W: at another size the taps keep their 2-D offsets, see `resize_taps`.
+    The equation is SGConv's with L = H*(W + g) and t = row * (W + g) + column. The g zero columns of ``row_gap`` are
+    appended to every row before flattening, and dropped afterwards: an offset of up to g columns then ends on a pixel
+    of the same row, or on a zero. So a (2g+1) x (2g+1) depthwise convolution with zero padding is one setting of the
+    taps, see `sgconvnext.models.convnext`. Without a gap, the pixel after the last of a row is the first of the next.
+
+    The kernel is built for ``input_size`` and usable at any H, W: at another size the taps keep their 2-D offsets,
+    see `resize_taps`.
 
     Args:
         channels: C.
         input_size: H, W (or one int for a square) that the kernel is built for.
-        num_scales: N; d = ceil(H*W / 2^(N-1)) follows. With neither N nor d given, N = 5.
+        num_scales: N; d = ceil(L / 2^(N-1)) follows. With neither N nor d given, N = 5 without a gap; with one, d is
+            what `scale_dim_with_gap` says.
         scale_dim: d; N follows.
+        row_gap: g, zero columns between two rows.
+        bias: whether a ``bias`` (C) is added to y; 0 at first.
         bidirectional: the default, because an image has no causal order.
         dilation: r > 1 convolves each of the r x r subsampled maps (every r-th row and column) by itself, as a
             dilated convolution does, for networks whose stride was traded for dilation; the maps are then expected
@@ -202,6 +219,9 @@ class SGConv2d(KernelGenerator):
         ValueError: impossible sizes or unknown choices here; in forward, x of another rank, channel count or dtype.
     """
 
+    if TYPE_CHECKING:
+        bias: Tensor | None
+
     def __init__(
         self,
         channels: int,
@@ -210,6 +230,8 @@ class SGConv2d(KernelGenerator):
         num_scales: int | None = None,
         scale_dim: int | None = None,
         bidirectional: bool = True,
+        row_gap: int = 0,
+        bias: bool = False,
         dilation: int = 1,
         backend: str = "auto",
         device: Any = None,
@@ -219,11 +241,16 @@ class SGConv2d(KernelGenerator):
         height, width = map_size(input_size)
         if dilation < 1:
             raise ValueError(f"dilation={dilation} must be at least 1")
-        if num_scales is None and scale_dim is None:
+        if row_gap < 0:
+            raise ValueError(f"row_gap={row_gap} must be at least 0")
+        self_scaled = num_scales is None and scale_dim is None
+        if self_scaled and row_gap > 0:
+            scale_dim = scale_dim_with_gap(height, width, row_gap)
+        elif self_scaled:
             num_scales = 5
         super().__init__(
             channels,
-            height * width,
+            height * (width + row_gap),
             num_scales=num_scales,
             scale_dim=scale_dim,
             bidirectional=bidirectional,
@@ -233,7 +260,18 @@ class SGConv2d(KernelGenerator):
             dtype=dtype,
         )
         self.input_size = (height, width)
+        self.row_gap = row_gap
         self.dilation = dilation
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.register_parameter("bias", nn.Parameter(torch.empty(channels, **dd)) if bias else None)
+        self.num_scales = None if self_scaled and row_gap > 0 else int(self.weight.shape[1])  # None: from the size
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As `KernelGenerator.reset_parameters`; the bias is 0."""
+        super().reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, H, W) to y of the same shape and dtype."""
@@ -245,19 +283,30 @@ class SGConv2d(KernelGenerator):
         size = (x.shape[2], x.shape[3])
         if self.dilation > 1:
             x = _split_phases(x, self.dilation)
-        phase = (x.shape[2], x.shape[3])
+        width = x.shape[3]
+        if self.row_gap > 0:
+            x = F.pad(x, (0, self.row_gap))
+        rows = (x.shape[2], x.shape[3])
         x = x.flatten(2)
         if torch.jit.is_scripting():  # noqa: SIM108  TorchScript compiles both sides of the short form
-            y = plain_long_conv(x, self._taps_for(phase))
+            y = plain_long_conv(x, self._taps_for(rows))
         else:
-            y = _convolve(self, x, phase)
-        y = y.unflatten(2, phase)
+            y = _convolve(self, x, rows)
+        y = y.unflatten(2, rows)
+        if self.row_gap > 0:
+            y = y[..., :width]
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)[:, None, None]
         return _join_phases(y, self.dilation, size) if self.dilation > 1 else y
 
-    def _taps_for(self, size: tuple[int, int]) -> Tensor:
+    def _rows(self) -> tuple[int, int]:
+        """H, W + g of the map that the kernel is built for."""
+        return self.input_size[0], self.input_size[1] + self.row_gap
+
+    def _taps_for(self, rows: tuple[int, int]) -> Tensor:
         """The built taps, or those for a map of another size."""
         taps = self.built_taps()
-        return taps if size == self.input_size else resize_taps(taps, self.input_size, size)
+        return taps if rows == self._rows() else resize_taps(taps, self._rows(), rows)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         """Tell that a state dict is of another input size, where torch would tell two shapes."""
@@ -273,15 +322,44 @@ class SGConv2d(KernelGenerator):
             super()._load_from_state_dict(state, prefix, *args)
 
     @torch.jit.ignore
-    def set_input_size(self, input_size: int | tuple[int, int]) -> None:
-        """Rebuild the parameters for another input size, N unchanged, by stretching each scale to its new d.
+    def scales_at(self, height: int, width: int) -> tuple[int, int]:
+        """N and d of a layer like this one that is built for a map of that size."""
+        length = height * (width + self.row_gap)
+        if self.num_scales is None:
+            scale_dim = scale_dim_with_gap(height, width, self.row_gap)
+            return num_scales_for(length, scale_dim), scale_dim
+        return self.num_scales, scale_dim_for(length, self.num_scales)
 
-        Every w_i is interpolated linearly to ceil(H*W / 2^(N-1)) taps, and kernel_norm follows so that each kernel
-        keeps its L2 norm. Unlike running at another size this gives every offset of the new map a trainable tap. Call
-        it before the optimiser is made: the parameters are new ones.
+    @torch.jit.ignore
+    def set_input_size(self, input_size: int | tuple[int, int]) -> None:
+        """Rebuild the parameters for another input size. Every offset of the new map then has a trainable tap.
+
+        Without a gap, N stays, every w_i is interpolated linearly to ceil(H*W / 2^(N-1)) taps, and kernel_norm follows
+        so that each kernel keeps its L2 norm. With one, the taps keep their 2-D offsets as in a forward pass at that
+        size, N and d follow the size, and the weight is the one whose kernel is nearest: it is the same where these
+        taps lie on the first two scales, as those of a converted ConvNeXt do. Call it before the optimiser is made:
+        the parameters are new ones.
         """
         height, width = map_size(input_size)
         self.refuse_reparameterized("be rebuilt for another input size")
+        if self.row_gap > 0:
+            self._move_taps(height, width)
+        else:
+            self._stretch_scales(height, width)
+
+    def _move_taps(self, height: int, width: int) -> None:
+        before, (num_scales, scale_dim) = self._rows(), self.scales_at(height, width)
+        self.input_size = (height, width)
+        if self._rows() == before:
+            return
+        with torch.no_grad():
+            taps = resize_taps(lag_taps(self.kernel(), torch.zeros_like(self.skip)), before, self._rows())
+            self.length = height * (width + self.row_gap)
+            kernel = kernel_of_lags(taps, self.bidirectional) * self.kernel_norm
+            weight = nearest_weight(kernel, num_scales, scale_dim, self.options).to(self.weight.dtype)
+        self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+
+    def _stretch_scales(self, height: int, width: int) -> None:
         _, num_scales, _, scale_dim = self.weight.shape
         before = self._norm()
         self.length = height * width
@@ -295,5 +373,7 @@ class SGConv2d(KernelGenerator):
         self.kernel_norm = (self.kernel_norm * growth).to(self.kernel_norm.dtype)
 
     def extra_repr(self) -> str:
+        gap = f", row_gap={self.row_gap}" if self.row_gap else ""
+        bias = ", bias=True" if self.bias is not None else ""
         dilation = f", dilation={self.dilation}" if self.dilation != 1 else ""
-        return f"{super().extra_repr()}, input_size={self.input_size}{dilation}"
+        return f"{super().extra_repr()}, input_size={self.input_size}{gap}{bias}{dilation}"

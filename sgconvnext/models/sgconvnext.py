@@ -25,10 +25,11 @@ from torch import Tensor, fx, nn
 
 from .arguments import BUILDER, refuse_unknown
 from .block import SGConvNeXtBlock
+from .convnext import convnext_cfgs
 from .input_size import MIN_SIZE, STEM_STRIDE, stage_grids
 from .kernel import KERNEL_DEFAULTS
 from .layer import SGConv2d
-from .pretrained import checkpoint_filter_fn
+from .pretrained import checkpoint_filter_fn, refusing_unreadable, tell_licence
 from .stage import SGConvNeXtStage
 
 
@@ -54,18 +55,18 @@ class SGConvNeXt(nn.Module):
     and keep their 2-D offsets at any other size.
 
     Args:
-        in_chans: channels of the images.
-        num_classes: classes of the head; 0 for features.
+        in_chans, num_classes: channels of the images; classes of the head, 0 for features.
         global_pool: timm's pooling name; "" for none.
         output_stride: 8, 16 or 32; below 32 the last stages trade stride for dilation, with the same parameters.
         depths, dims: blocks and width of each of the four stages.
         img_size: H, W (or one int) that the kernels are built for.
         ls_init_value: initial layer scale; None for none.
         head_init_scale: factor on the classifier's initial weights.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over the blocks.
+        head_hidden_size: width of a hidden layer in the head, as CLIP's large ConvNeXt has; None for none.
+        norm_eps: of all norms.
+        drop_rate, drop_path_rate: dropout before the classifier; stochastic depth, linearly from 0 to this.
         device, dtype: of the parameters.
-        sgconv: num_scales, bidirectional and backend, as in SGConv2d, and the options of its kernels.
+        sgconv: num_scales, bidirectional, backend, row_gap and bias, as in SGConv2d, and the options of its kernels.
 
     Raises:
         ValueError: an image size below 32, an unknown output stride or argument, or an option that SGConv2d refuses.
@@ -84,6 +85,8 @@ class SGConvNeXt(nn.Module):
         img_size: int | tuple[int, int] = 224,
         ls_init_value: float | None = 1e-6,
         head_init_scale: float = 1.0,
+        head_hidden_size: int | None = None,
+        norm_eps: float = 1e-6,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: Any = None,
@@ -97,22 +100,19 @@ class SGConvNeXt(nn.Module):
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride={output_stride} must be 8, 16 or 32")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.head_init_scale = head_init_scale
-        self.num_features = dims[-1]
+        self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
+        self.drop_rate, self.head_init_scale = drop_rate, head_init_scale
 
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, dims[0], kernel_size=STEM_STRIDE, stride=STEM_STRIDE, **dd),
-            LayerNorm2d(dims[0], **dd),
+            LayerNorm2d(dims[0], eps=norm_eps, **dd),
         )
         self.stages = nn.Sequential()
         self.feature_info: list[dict[str, Any]] = []
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         for i, (grid, strides) in enumerate(zip(stage_grids(img_size), _strides(output_stride), strict=True)):
             stride, dilation, reduction = strides
-            options = {"ls_init_value": ls_init_value, **sgconv, **dd}
+            options = {"ls_init_value": ls_init_value, "norm_eps": norm_eps, **sgconv, **dd}
             stage = SGConvNeXtStage(
                 dims[max(i - 1, 0)],
                 dims[i],
@@ -126,7 +126,14 @@ class SGConvNeXt(nn.Module):
             self.stages.append(stage)
             self.feature_info.append({"num_chs": dims[i], "reduction": reduction, "module": f"stages.{i}"})
         self.head = NormMlpClassifierHead(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=LayerNorm2d, **dd
+            self.num_features,
+            num_classes,
+            hidden_size=head_hidden_size,
+            pool_type=global_pool,
+            drop_rate=drop_rate,
+            norm_layer=functools.partial(LayerNorm2d, eps=norm_eps),
+            act_layer="gelu",
+            **dd,
         )
         self.head_hidden_size = self.head.num_features
         self.init_weights()
@@ -134,16 +141,16 @@ class SGConvNeXt(nn.Module):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialise every parameter and buffer anew, also after `to_empty` on the meta device."""
-        for name, module in self.named_modules():
+        for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-                if name == "head.fc":
-                    with torch.no_grad():
-                        module.weight.mul_(self.head_init_scale)
             elif isinstance(module, nn.LayerNorm | SGConv2d | SGConvNeXtBlock):
                 module.reset_parameters()
+        if isinstance(self.head.fc, nn.Linear):
+            with torch.no_grad():
+                self.head.fc.weight.mul_(self.head_init_scale)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -199,15 +206,10 @@ class SGConvNeXt(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Stage outputs (B, C_i, H_i, W_i).
+        """Final features and the list of stage outputs (B, C_i, H_i, W_i), or the list alone if intermediates_only.
 
-        Args:
-            x: images.
-            indices: the last n stages if an int, those listed, or all if None.
-            norm: accepted for timm's interface; ConvNeXt's norm comes after pooling, so stages have none of their own.
-            stop_early: do not run the stages after the last one asked for.
-            output_fmt: only "NCHW".
-            intermediates_only: return the list alone, else (final features, list).
+        ``indices`` are the last n stages if an int, those listed, or all if None; with stop_early, later ones do not
+        run. ``norm`` changes nothing: ConvNeXt's norm comes after pooling. ``output_fmt`` is "NCHW".
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r} is unknown; stage outputs are 'NCHW'")
@@ -257,6 +259,7 @@ def _strides(output_stride: int) -> list[tuple[int, int, int]]:
     return strides
 
 
+# Depths and widths of timm's ConvNeXt of each name
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "atto": {"depths": (2, 2, 6, 2), "dims": (40, 80, 160, 320)},
     "femto": {"depths": (2, 2, 6, 2), "dims": (48, 96, 192, 384)},
@@ -267,8 +270,27 @@ SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "base": {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024)},
     "large": {"depths": (3, 3, 27, 3), "dims": (192, 384, 768, 1536)},
 }
+# Further ConvNeXt of timm with weights: CLIP's, and the largest
+FURTHER: dict[str, dict[str, Any]] = {
+    "large_mlp": {**SIZES["large"], "head_hidden_size": 1536},
+    "xlarge": {"depths": (3, 3, 27, 3), "dims": (256, 512, 1024, 2048)},
+    "xxlarge": {"depths": (3, 4, 30, 3), "dims": (384, 768, 1536, 3072), "norm_eps": 1e-5},
+}
+GAP3: dict[str, Any] = {"row_gap": 3, "bias": True}  # with them a kernel can be ConvNeXt's 7x7
 
-# No test_input_size: evaluation is at 224 unless asked otherwise. The url stays empty until weights exist.
+# Arguments of every model that timm knows by a name of ours
+MODELS: dict[str, dict[str, Any]] = {f"sgconvnext_{size}": dict(shape) for size, shape in SIZES.items()} | {
+    f"sgconvnext_{size}_gap3": {**shape, **GAP3} for size, shape in (SIZES | FURTHER).items()
+}
+
+
+def _convnext(name: str) -> str:
+    """timm's ConvNeXt of the same shape."""
+    return name.removeprefix("sg").removesuffix("_gap3")
+
+
+# Of the plain names: no test_input_size, evaluation is at 224 unless asked otherwise. Their url stays empty until
+# weights exist. The weights of the others are ConvNeXt's.
 default_cfgs = generate_default_cfgs(
     {
         f"sgconvnext_{size}": {
@@ -287,72 +309,51 @@ default_cfgs = generate_default_cfgs(
         }
         for size in SIZES
     }
+    | {
+        f"{name}.{tag}": cfg
+        for name in MODELS
+        if name.endswith("_gap3")
+        for tag, cfg in convnext_cfgs(_convnext(name)).items()
+    }
 )
 
 
-def _build(size: str, pretrained: bool, **kwargs: Any) -> SGConvNeXt:
-    name = f"sgconvnext_{size}"
+def _build(name: str, pretrained: bool, **kwargs: Any) -> SGConvNeXt:
     refuse_unknown(SGConvNeXt, name, kwargs, BUILDER)
     source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    if pretrained and not source.has_weights and not source.state_dict:
-        raise ValueError(
-            f"{name}: no pretrained weights exist yet; use pretrained=False, or name your own file with "
-            "pretrained_cfg_overlay={'file': 'PATH', 'num_classes': N}"
+    if pretrained:
+        if not source.has_weights and not source.state_dict:
+            raise ValueError(
+                f"{name}: no pretrained weights exist yet; use pretrained=False, or name your own file with "
+                f"pretrained_cfg_overlay={{'file': 'PATH', 'num_classes': N}}, or start from ConvNeXt's: {name}_gap3"
+            )
+        tell_licence(source)
+    arguments = MODELS[name] | kwargs
+    if arguments.get("row_gap"):
+        arguments.setdefault("img_size", tuple(source.input_size[1:]))
+    with refusing_unreadable(name, source):
+        model: SGConvNeXt = build_model_with_cfg(
+            SGConvNeXt,
+            name,
+            pretrained,
+            pretrained_filter_fn=functools.partial(checkpoint_filter_fn, strict=kwargs.get("pretrained_strict", True)),
+            feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+            **arguments,
         )
-    model: SGConvNeXt = build_model_with_cfg(
-        SGConvNeXt,
-        name,
-        pretrained,
-        pretrained_filter_fn=functools.partial(checkpoint_filter_fn, strict=kwargs.get("pretrained_strict", True)),
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **(SIZES[size] | kwargs),
-    )
     return model
 
 
-@register_model
-def sgconvnext_atto(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
-    """SGConvNeXt with the depths and widths of timm's convnext_atto."""
-    return _build("atto", pretrained, **kwargs)
+def _register(name: str) -> None:
+    """Give timm, and this module, the function that builds the model of that name."""
+
+    def build(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
+        return _build(name, pretrained, **kwargs)
+
+    gap = ", whose rows are 3 columns apart, so that it takes ConvNeXt's weights" if name.endswith("_gap3") else ""
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"SGConvNeXt with the depths and widths of timm's {_convnext(name)}{gap}."
+    globals()[name] = register_model(build)
 
 
-@register_model
-def sgconvnext_femto(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
-    """SGConvNeXt with the depths and widths of timm's convnext_femto."""
-    return _build("femto", pretrained, **kwargs)
-
-
-@register_model
-def sgconvnext_pico(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
-    """SGConvNeXt with the depths and widths of timm's convnext_pico."""
-    return _build("pico", pretrained, **kwargs)
-
-
-@register_model
-def sgconvnext_nano(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
-    """SGConvNeXt with the depths and widths of timm's convnext_nano."""
-    return _build("nano", pretrained, **kwargs)
-
-
-@register_model
-def sgconvnext_tiny(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
-    """SGConvNeXt-T: ConvNeXt-T's depths and widths."""
-    return _build("tiny", pretrained, **kwargs)
-
-
-@register_model
-def sgconvnext_small(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
-    """SGConvNeXt-S: ConvNeXt-S's depths and widths."""
-    return _build("small", pretrained, **kwargs)
-
-
-@register_model
-def sgconvnext_base(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
-    """SGConvNeXt-B: ConvNeXt-B's depths and widths."""
-    return _build("base", pretrained, **kwargs)
-
-
-@register_model
-def sgconvnext_large(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
-    """SGConvNeXt-L: ConvNeXt-L's depths and widths."""
-    return _build("large", pretrained, **kwargs)
+for _name in MODELS:
+    _register(_name)

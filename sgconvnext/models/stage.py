@@ -20,6 +20,7 @@ class SGConvNeXtStage(nn.Module):
         stride: 1 or 2, of the downsampling convolution.
         dilation: (of the downsampling convolution, of the blocks); not 1 only where stride was traded for dilation.
         drop_path: one probability per block.
+        norm_eps: of all norms.
         device, dtype: of the parameters.
         block: further options of SGConvNeXtBlock.
     """
@@ -34,6 +35,7 @@ class SGConvNeXtStage(nn.Module):
         stride: int,
         dilation: tuple[int, int],
         drop_path: list[float],
+        norm_eps: float = 1e-6,
         device: Any = None,
         dtype: Any = None,
         **block: Any,
@@ -48,11 +50,13 @@ class SGConvNeXtStage(nn.Module):
             conv = create_conv2d(
                 in_chans, channels, kernel_size, stride=stride, dilation=dilation[0], padding=padding, bias=True, **dd
             )
-            downsample = nn.Sequential(LayerNorm2d(in_chans, **dd), conv)
+            downsample = nn.Sequential(LayerNorm2d(in_chans, eps=norm_eps, **dd), conv)
         self.downsample = downsample
         self.blocks = nn.Sequential(
             *(
-                SGConvNeXtBlock(channels, grid, drop_path=drop_path[i], dilation=dilation[1], **block, **dd)
+                SGConvNeXtBlock(
+                    channels, grid, drop_path=drop_path[i], norm_eps=norm_eps, dilation=dilation[1], **block, **dd
+                )
                 for i in range(depth)
             )
         )
