@@ -81,8 +81,10 @@ def to_convnext(model: SGConvNeXt) -> tuple[Any, float]:
             f"{name_of(model)}: up to {lost:.2%} of a kernel's energy is outside of its 7x7, which a ConvNeXt would "
             "lose; keep the SGConvNeXt"
         )
-    theirs = _of_state(state)
-    theirs.pretrained_cfg |= {key: value for key, value in _config(model).items() if key != "num_classes"}
+    config = _config(model)
+    name = model.pretrained_cfg["architecture"].removeprefix("sg").removesuffix("_gap3")
+    theirs = _of_state(state, name, **_settings(model))
+    theirs.pretrained_cfg |= config | {"num_classes": model.num_classes}
     return theirs.eval(), _checked(model, theirs)
 
 
@@ -115,7 +117,7 @@ def convnext(source: Any, pretrained: bool = False) -> Any:
     return model
 
 
-def _of_state(state: dict[str, Any]) -> Any:
+def _of_state(state: dict[str, Any], arch: str = "", **settings: Any) -> Any:
     """timm's ConvNeXt with the weights of a state dict."""
     place = "the state dict"
     state = dict(state["model"]) if isinstance(state.get("model"), Mapping) else state
@@ -134,10 +136,8 @@ def _of_state(state: dict[str, Any]) -> Any:
     if told := refusal(state):
         raise ValueError(f"{place} {told}")
     shown = shape | _ends(state)
-    name = _model_name(shown)
-    if "norm_eps" in MODELS[name]:
-        shown["norm_eps"] = MODELS[name]["norm_eps"]
-    model = timm.create_model(name.removeprefix("sg").removesuffix("_gap3"), **shown)
+    name = _model_name(shown, arch).removeprefix("sg").removesuffix("_gap3")
+    model = timm.create_model(name, **(shown | settings))
     state = {key: flat(key, value) for key, value in state.items()}
     fit.refuse_misfit(model, state, place)
     model.load_state_dict(state)
@@ -172,20 +172,21 @@ def arguments(theirs: Any) -> tuple[str, dict[str, Any]]:
     depths, dims = fit.stages({key: value.shape for key, value in state.items()})
     shown = {"depths": tuple(depths), "dims": tuple(dims)} | _ends(state)
     name = _model_name(shown, theirs.pretrained_cfg.get("architecture", ""))
-    eps = {module.eps for module in theirs.modules() if isinstance(module, nn.LayerNorm)}
-    if len(eps) > 1:
-        raise ValueError(f"{name_of(theirs)} has norms of several eps ({', '.join(map(str, sorted(eps)))})")
-    drops = [getattr(block.drop_path, "drop_prob", 0.0) for stage in theirs.stages for block in stage.blocks]
-    shown |= {
-        "norm_eps": eps.pop() if eps else 1e-6,
-        "output_stride": theirs.feature_info[-1]["reduction"],
-        "global_pool": theirs.head.global_pool.pool_type,
-        "drop_rate": theirs.drop_rate,
-        "drop_path_rate": drops[-1],
-    }
+    shown |= _settings(theirs)
     own = {"in_chans": 3, "norm_eps": 1e-6, "output_stride": 32, "global_pool": "avg", "drop_rate": 0.0} | MODELS[name]
     own |= {"drop_path_rate": 0.0, "num_classes": theirs.num_classes}  # of the pretrained_cfg
     return name, {key: value for key, value in shown.items() if own.get(key) != value}
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    """Arguments of a ConvNeXt, and of ours, that its weights do not show."""
+    return {
+        "norm_eps": model.stem[-1].eps,
+        "output_stride": model.feature_info[-1]["reduction"],
+        "global_pool": model.head.global_pool.pool_type,
+        "drop_rate": model.drop_rate,
+        "drop_path_rate": getattr(model.stages[-1].blocks[-1].drop_path, "drop_prob", 0.0),
+    }
 
 
 def _converted(theirs: Any, kwargs: dict[str, Any]) -> Any:
