@@ -82,15 +82,21 @@ def to_convnext(model: SGConvNeXt) -> tuple[Any, float]:
             "lose; keep the SGConvNeXt"
         )
     config = _config(model)
-    name = model.pretrained_cfg["architecture"].removeprefix("sg").removesuffix("_gap3")
+    name = config_of(model)["architecture"].removeprefix("sg").removesuffix("_gap3")
     theirs = _of_state(state, name, **_settings(model))
     theirs.pretrained_cfg |= config | {"num_classes": model.num_classes}
     return theirs.eval(), _checked(model, theirs)
 
 
+def config_of(model: Any) -> dict[str, Any]:
+    """timm's pretrained_cfg of a model."""
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    return config
+
+
 def name_of(model: Any) -> str:
     """Architecture and tag of a model of timm."""
-    config = getattr(model, "pretrained_cfg", None) or {}
+    config = config_of(model)
     tag = f".{config['tag']}" if config.get("tag") else ""
     return f"{config.get('architecture') or type(model).__name__}{tag}"
 
@@ -163,7 +169,7 @@ def _model_name(shown: Mapping[str, Any], arch: str = "") -> str:
 
 def _config(model: Any) -> dict[str, Any]:
     """The pretrained_cfg of a model, without the places that its weights came from."""
-    return {key: value for key, value in (model.pretrained_cfg or {}).items() if key not in SOURCES}
+    return {key: value for key, value in config_of(model).items() if key not in SOURCES}
 
 
 def arguments(theirs: Any) -> tuple[str, dict[str, Any]]:
@@ -171,7 +177,7 @@ def arguments(theirs: Any) -> tuple[str, dict[str, Any]]:
     state = theirs.state_dict()
     depths, dims = fit.stages({key: value.shape for key, value in state.items()})
     shown = {"depths": tuple(depths), "dims": tuple(dims)} | _ends(state)
-    name = _model_name(shown, theirs.pretrained_cfg.get("architecture", ""))
+    name = _model_name(shown, config_of(theirs).get("architecture", ""))
     shown |= _settings(theirs)
     own = {"in_chans": 3, "norm_eps": 1e-6, "output_stride": 32, "global_pool": "avg", "drop_rate": 0.0} | MODELS[name]
     own |= {"drop_path_rate": 0.0, "num_classes": theirs.num_classes}  # of the pretrained_cfg
