@@ -13,6 +13,7 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from .. import fit
+from ..errors import one_line
 from .arguments import SGCONV
 from .convnext import convolution_weight, flat, in_timms_names, refusal
 from .input_size import STEM_STRIDE
@@ -82,7 +83,7 @@ def to_convnext(model: SGConvNeXt) -> tuple[Any, float]:
             "lose; keep the SGConvNeXt"
         )
     config = _config(model)
-    name = config_of(model)["architecture"].removeprefix("sg").removesuffix("_gap3")
+    name = config_of(model).get("architecture", "").removeprefix("sg").removesuffix("_gap3")
     theirs = _of_state(state, name, **_settings(model))
     theirs.pretrained_cfg |= config | {"num_classes": model.num_classes}
     return theirs.eval(), _checked(model, theirs)
@@ -106,7 +107,10 @@ def convnext(source: Any, pretrained: bool = False) -> Any:
     if isinstance(source, str):
         if ":" not in source and not timm.is_model(source):
             raise ValueError(f"{source!r} is no timm model; name a ConvNeXt, such as 'convnext_tiny.fb_in1k'")
-        model: Any = timm.create_model(source, pretrained=pretrained)
+        try:
+            model: Any = timm.create_model(source, pretrained=pretrained)
+        except (OSError, RuntimeError) as error:  # no such file, no network, or no weights of that name
+            raise ValueError(f"{source!r} cannot be loaded: {one_line(error)}") from error
     elif isinstance(source, nn.Module):
         model = source
     elif isinstance(source, Mapping):
