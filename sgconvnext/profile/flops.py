@@ -137,8 +137,11 @@ def count(model: nn.Module, images: Tensor) -> Count:
                 stage, part = place
                 for found, cost in _costs(name, part, flops, activations, calls).items():
                     costs[stage, found] += cost
-                kernel = isinstance(module, SGConv2d)  # all parameters of the layer make its taps
-                costs[stage, KERNEL if kernel else part].parameters += num_parameters(module)
+                costs[stage, part].parameters += num_parameters(module)
+                if isinstance(module, SGConv2d):  # all parameters of the layer but the bias make its taps
+                    making = num_parameters(module) - (0 if module.bias is None else module.channels)
+                    costs[stage, part].parameters -= making
+                    costs[stage, KERNEL].parameters += making
         for name, parameter in model.named_parameters():
             if place := _place(name):
                 costs[place].parameters += parameter.numel()
