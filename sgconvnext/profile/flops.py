@@ -38,7 +38,8 @@ Handler = Callable[[list[Any], list[Any]], Any]
 ELEMENTWISE = frozenset(
     f"aten::{name}{ending}"
     for names in (
-        "add addcmul sub rsub mul div neg abs ceil pow sqrt rsqrt exp log sin cos where lt le ne logical_and logical_or",
+        "add addcmul sub rsub mul div neg abs ceil pow sqrt rsqrt exp log sin cos",
+        "where lt le ne logical_and logical_or",
         "gelu silu sigmoid tanh elu leaky_relu prelu relu6 hardtanh hardswish hardsigmoid softplus",
         "clamp_min clamp_max channel_shuffle pixel_shuffle pixel_unshuffle feature_dropout",
         "linspace ones_like flip unflatten alias repeat clone movedim expand_as pad meshgrid index_select",
