@@ -156,9 +156,7 @@ def draw_footprint(subject: Subject, block: int, reach: int | None = None) -> An
             cell.tick_params(labelsize=7)
         row[0].set_ylabel("rows below the output", fontsize=9)
     picture.supxlabel("columns to the right of the output", fontsize=9)
-    half = (
-        "half a row and its gap away. Beyond," if layers[0].row_gap else "half a row away. Beyond, flattening wraps:"
-    )
+    half = "half a row and its gap away. Beyond," if layers[0].row_gap else "half a row away. Beyond, rows wrap:"
     picture.suptitle(
         f"{subject.title}: taps of block {block + 1} by the input's place around the output (colour: its root)\n"
         f"Dashed: {half} pale taps are the other side's again, a row up or down",
