@@ -3,6 +3,7 @@
     python -m sgconvnext.profile flops sgconvnext_tiny convnext_tiny
     python -m sgconvnext.profile throughput convnext_tiny sgconvnext_tiny --batch 1 8 --run eager compiled
     python -m sgconvnext.profile ops --batch 1 8
+    python -m sgconvnext.profile ops sgconvnext_tiny_gap3
     python -m sgconvnext.profile scaling convnext_tiny sgconvnext_tiny
     python -m sgconvnext.profile tiles
 
@@ -94,8 +95,8 @@ def run_throughput(args: argparse.Namespace, session: Session) -> list[Table]:
 
 def run_ops(args: argparse.Namespace, session: Session) -> list[Table]:
     layers = [
-        ops.Layer(shape, batch, mode, args.dtype, args.channels_last, args.device)
-        for batch, shape, mode in itertools.product(args.batch, args.shape, args.mode)
+        ops.Layer((channels, height, width), batch, mode, args.dtype, args.channels_last, args.device, gap)
+        for batch, (channels, height, width, gap), mode in itertools.product(args.batch, shapes(args), args.mode)
     ]
     return [ops.table(layers, session)]
 
@@ -111,7 +112,14 @@ def run_scaling(args: argparse.Namespace, session: Session) -> list[Table]:
 def run_tiles(args: argparse.Namespace, session: Session) -> list[Table]:
     if args.device != "cuda":
         raise ValueError("tiles times the Triton programs on a CUDA device, and none is there; ops measures CPUs too")
-    return [tiles.table(args.shape, args.batch, args.device, session)]
+    rows = [(channels, height, width + gap) for channels, height, width, gap in shapes(args)]
+    return [tiles.table(rows, args.batch, args.device, session)]
+
+
+def shapes(args: argparse.Namespace) -> list[ops.Shape]:
+    """Of the layers of the models and of --shape, or else the usual ones."""
+    named = args.shape or ([] if args.models else ops.DEFAULT_SHAPES)
+    return [*ops.shapes_of(args.models), *((*shape, 0) for shape in named)]
 
 
 def workloads(args: argparse.Namespace, batches: list[int], sizes: list[tuple[int, int]]) -> list[list[Workload]]:
@@ -248,9 +256,10 @@ def _add_batches(sub: Parser, default: list[int]) -> None:
 
 
 def _add_shapes(sub: Parser) -> None:
-    text = "feature maps (those of sgconvnext_tiny at 224 px, and 768x4x4)"
-    default = list(ops.DEFAULT_SHAPES)
-    sub.add_argument("--shape", type=console.shape, nargs="+", default=default, metavar="CxHxW", help=text)
+    text = "timm's name, with arguments after commas: the feature maps of its layers"
+    sub.add_argument("models", nargs="*", metavar="MODEL", help=text)
+    text = "further feature maps (without MODEL, those of sgconvnext_tiny at 224 px, and 768x4x4)"
+    sub.add_argument("--shape", type=console.shape, nargs="+", default=[], metavar="CxHxW", help=text)
 
 
 def _add_ways(sub: Parser) -> None:

@@ -38,7 +38,8 @@ Handler = Callable[[list[Any], list[Any]], Any]
 ELEMENTWISE = frozenset(
     f"aten::{name}{ending}"
     for names in (
-        "add addcmul sub rsub mul div neg abs pow sqrt rsqrt exp log sin cos where lt le ne logical_and logical_or",
+        "add addcmul sub rsub mul div neg abs ceil pow sqrt rsqrt exp log sin cos",
+        "where lt le ne logical_and logical_or",
         "gelu silu sigmoid tanh elu leaky_relu prelu relu6 hardtanh hardswish hardsigmoid softplus",
         "clamp_min clamp_max channel_shuffle pixel_shuffle pixel_unshuffle feature_dropout",
         "linspace ones_like flip unflatten alias repeat clone movedim expand_as pad meshgrid index_select",
@@ -137,8 +138,11 @@ def count(model: nn.Module, images: Tensor) -> Count:
                 stage, part = place
                 for found, cost in _costs(name, part, flops, activations, calls).items():
                     costs[stage, found] += cost
-                kernel = isinstance(module, SGConv2d)  # all parameters of the layer make its taps
-                costs[stage, KERNEL if kernel else part].parameters += num_parameters(module)
+                costs[stage, part].parameters += num_parameters(module)
+                if isinstance(module, SGConv2d):  # all parameters of the layer but the bias make its taps
+                    making = num_parameters(module) - (0 if module.bias is None else module.channels)
+                    costs[stage, part].parameters -= making
+                    costs[stage, KERNEL].parameters += making
         for name, parameter in model.named_parameters():
             if place := _place(name):
                 costs[place].parameters += parameter.numel()

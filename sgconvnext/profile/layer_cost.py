@@ -23,7 +23,9 @@ def layer_cost(layer: SGConv | SGConv2d, output: Tensor | tuple[Tensor, ...]) ->
     y = output[0] if isinstance(output, tuple) else output  # a tuple if the kernel was asked for too
     dilation = getattr(layer, "dilation", 1)  # each of the r x r subsampled maps is a signal
     phase = [-(-int(size) // dilation) for size in y.shape[2:]]
-    batch, channels, length = int(y.shape[0]) * dilation ** len(phase), layer.channels, math.prod(phase)
+    batch, channels = int(y.shape[0]) * dilation ** len(phase), layer.channels
+    phase[-1] += getattr(layer, "row_gap", 0)  # the zero columns are convolved too
+    length = math.prod(phase)
     signal = y.new_empty(1).expand(batch, channels, length)  # takes no memory
     num_taps = 2 * length - 1 if layer.bidirectional else length
     return LayerCost(

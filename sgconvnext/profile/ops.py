@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..longconv import BACKENDS, available_backends, choose_backend, long_conv
 from ..models.kernel import lag_taps
 from ..models.layer import SGConv2d
+from ..training import build
 from .session import Session
 from .table import Table
 from .timing import RATIO, Step, Timing
@@ -24,6 +25,7 @@ TRUTH_LIMIT = 2**28  # bytes of the matrices of the channels on which backends a
 TOLERANCE = {"fp32": 1e-5, "bf16": 8e-3, "fp16": 1e-3}  # relative; in half precision a unit in the last place
 TIE = 1.05  # backends this close to the fastest are as good: rounds differ by more
 SETS = {"cuda": 3}  # of inputs, taken in turns: a GPU's L2 cache holds the whole input of a late stage
+Shape = tuple[int, int, int, int]  # C, H, W, and the columns between two rows
 # tiny's stages at 224 px, and a map that is short enough for a matrix product
 DEFAULT_SHAPES = ((96, 56, 56), (192, 28, 28), (384, 14, 14), (768, 7, 7), (768, 4, 4))
 
@@ -40,6 +42,7 @@ COLUMNS = {
 }
 COLUMNS |= dict.fromkeys(ERRORS, ".1e") | {"peak MiB": ".1f", "mark": ""}
 NOTES = [
+    "layer: channels, rows, columns; 56+3: rows of 56 tokens, kept apart by 3 zeros. "
     "inference: forward; training: forward and backward. SGConv: the whole layer with auto's choice of a backend; "
     "kernel: making its taps, whatever the batch. fft and reference compute in fp32 and fp64 in any dtype. norm and "
     "sum, where triton runs: a block's layer norm and residual sum, with their changes of layout.",
@@ -65,6 +68,7 @@ class Layer:
         dtype: of DTYPES; of the images, as a block's are under autocast.
         channels_last: memory format of images and weights.
         device: "cpu" or "cuda".
+        row_gap: zero columns between two rows; a layer with them has a bias too.
     """
 
     shape: tuple[int, int, int]
@@ -73,21 +77,47 @@ class Layer:
     dtype: str = "fp32"
     channels_last: bool = False
     device: str = "cpu"
+    row_gap: int = 0
 
     def __str__(self) -> str:
-        channels, height, width = self.shape
-        return f"{self.mode} of {self.batch} x {channels} x {height} x {width}"
+        return f"{self.mode} of {self.batch} x {' x '.join(self.sides)}"
+
+    @property
+    def sides(self) -> tuple[str, str, str]:
+        """C, H and W; of rows that are g columns apart, W+g."""
+        channels, height, width = map(str, self.shape)
+        return channels, height, f"{width}+{self.row_gap}" if self.row_gap else width
 
     @property
     def length(self) -> int:
         """L."""
-        return self.shape[1] * self.shape[2]
+        return self.shape[1] * (self.shape[2] + self.row_gap)
 
     def images(self) -> Tensor:
         """Normal noise."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         image = torch.randn(self.batch, *self.shape, device=self.device)
         return image.to(DTYPES[self.dtype], memory_format=layout)
+
+    def signal(self, image: Tensor) -> Tensor:
+        """An image row by row (B, C, L), with zeros in the gaps."""
+        return F.pad(image, (0, self.row_gap)).flatten(2)
+
+
+def shapes_of(models: Sequence[str]) -> list[Shape]:
+    """The maps that the SGConv layers of models are built for, each once.
+
+    Raises:
+        ValueError: a model that cannot be built, or has no such layer.
+    """
+    found: list[Shape] = []
+    for spec in models:
+        with torch.device("meta"):
+            layers = [module for module in build.from_spec(spec).modules() if isinstance(module, SGConv2d)]
+        if not layers:
+            raise ValueError(f"{spec} has no SGConv layer; name an sgconvnext model")
+        found += [(layer.channels, *layer.input_size, layer.row_gap) for layer in layers]
+    return list(dict.fromkeys(found))
 
 
 def table(layers: Sequence[Layer], session: Session) -> Table:
@@ -130,16 +160,17 @@ def prepare(layer: Layer) -> dict[str, Step]:
     channels, height, width = layer.shape
     training = layer.mode == "training"
     image = layer.images().requires_grad_(training)
-    signal = image.detach().flatten(2).requires_grad_(training)
+    signal = layer.signal(image.detach()).requires_grad_(training)
     depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels, device=layer.device)
     depthwise.to(memory_format=torch.channels_last if layer.channels_last else torch.contiguous_format)
-    mixer = SGConv2d(channels, (height, width), device=layer.device).train(training)
+    gap: dict[str, Any] = {"row_gap": layer.row_gap, "bias": layer.row_gap > 0}
+    mixer = SGConv2d(channels, (height, width), **gap, device=layer.device).train(training)
     taps = lag_taps(mixer.kernel(), mixer.skip).detach().requires_grad_(training)
 
     steps: dict[str, Step] = {
         "7x7": _step(layer, lambda: depthwise(image), [image, *depthwise.parameters()]),
         "SGConv": _step(layer, lambda: mixer(image), [image, *mixer.parameters()]),
-        "kernel": _step(layer, lambda: lag_taps(mixer.kernel(), mixer.skip), list(mixer.parameters())),
+        "kernel": _step(layer, lambda: lag_taps(mixer.kernel(), mixer.skip), [mixer.weight, mixer.skip]),
     }
     with _autocast(layer):
         backends = available_backends(signal)
@@ -209,7 +240,7 @@ def errors_of(layer: Layer, backends: Sequence[str], session: Session) -> dict[s
 
     They are those of as many channels, from the first to the last, as there are matrices in TRUTH_LIMIT.
     """
-    x, dy = (layer.images().flatten(2) for _ in range(2))
+    x, dy = (layer.signal(layer.images()) for _ in range(2))
     num_channels, length = layer.shape[0], layer.length
     taps = torch.randn(num_channels, 2 * length - 1, device=layer.device)
     num = min(num_channels, max(1, TRUTH_LIMIT // (8 * length**2)))
@@ -269,7 +300,7 @@ def rows(
             "fastest": name in errors and timing.median == fastest,
             "wrong": name in wrong,
         }
-        row = {"layer": "x".join(map(str, layer.shape)), "L": layer.length, "batch": layer.batch, "mode": layer.mode}
+        row = {"layer": "x".join(layer.sides), "L": layer.length, "batch": layer.batch, "mode": layer.mode}
         row |= {"what": name, "ms": 1000 * timing.median, "spread, %": 100 * timing.spread, "ratio": timing.ratio}
         row |= errors.get(name, {}) | ({"peak MiB": peaks[name]} if name in peaks else {})
         mark = ", ".join(mark for mark, here in marks.items() if here)

@@ -104,19 +104,19 @@ def table(shapes: Sequence[tuple[int, int, int]], batches: Sequence[int], device
     """Every tile of every problem, and the lines of the fastest for longconv/triton/tiles.py.
 
     Args:
-        shapes: C, H, W of layers, each with another H * W.
+        shapes: C, H, W of layers, each with another L = H * W; of rows that are g columns apart, C, H, W + g.
         batches: images at a time.
         device: "cuda", but for tests.
         session: rounds and time.
 
     Raises:
-        ValueError: two shapes with the same H * W; there is no triton, or the device is not one that it runs on.
+        ValueError: two shapes with the same L; there is no triton, or the device is not one that it runs on.
     """
     if reason := triton_toeplitz.refusal(torch.empty(0, dtype=torch.bfloat16, device=device)):
         raise ValueError(reason)
     by_length = {height * width: channels for channels, height, width in shapes}
     if len(by_length) < len(shapes):
-        raise ValueError("--shape has two layers with the same H * W; the code's tables go by H * W, so name one")
+        raise ValueError("two of the layers have the same number of tokens, by which the code's tables go; name one")
     torch.manual_seed(0)
     result = Table("Tiles of the Triton programs in bf16", COLUMNS, notes=list(NOTES))
     winners: dict[Problem, Tile] = {}

@@ -5,8 +5,10 @@
     python -m sgconvnext.visualize features runs/digits/best.pth photo.jpg
     python -m sgconvnext.visualize erf runs/ours/best.pth --against runs/convnext/best.pth
 
-A network is a checkpoint of train.py, or timm's name of an untrained model, with arguments after commas:
+A network is a checkpoint of train.py, or timm's name of a model, with arguments after commas. It is untrained unless
+one of them is pretrained=True:
 sgconvnext_tiny,ls_init_value=1.0
+sgconvnext_tiny_gap3.fb_in1k,pretrained=True
 """
 
 import argparse
@@ -43,7 +45,7 @@ def draw_kernels(subject: Subject, args: argparse.Namespace) -> Any:
 
 
 def draw_footprint(subject: Subject, args: argparse.Namespace) -> Any:
-    return kernels.draw_footprint(subject, args.block - 1)
+    return kernels.draw_footprint(subject, args.block - 1, args.reach)
 
 
 def draw_energy(subject: Subject, args: argparse.Namespace) -> Any:
@@ -97,12 +99,15 @@ def parse_args() -> argparse.Namespace:
                 nargs="?",
                 type=console.path,
                 metavar="IMAGE",
-                help="image file (validation images of the run; noise for an untrained model)",
+                help="image file (validation images of the run; noise for a model of no run)",
             )
         if name in ("kernels", "footprint"):
             sub.add_argument(
                 "--block", type=console.count, default=1, metavar="N", help="block of every stage, from 1 (1)"
             )
+        if name == "footprint":
+            text = "rows and columns on each side of the output (the whole map)"
+            sub.add_argument("--reach", type=console.count, metavar="N", help=text)
         if name == "erf":
             sub.add_argument(
                 "--against",

@@ -89,7 +89,8 @@ def draw_receptive_fields(subjects: list[Subject], images: Tensor) -> Any:
     axes = picture.subplots(1, len(subjects), squeeze=False)[0]
     for cell, subject in zip(axes, subjects, strict=True):
         field = receptive_field(subject, images)
-        relative = (field / field.max()).clamp(min=10.0**-DECADES).log10()
+        strongest = field.max().clamp(min=torch.finfo(field.dtype).tiny)  # no pixel counts where all weights are zero
+        relative = (field / strongest).clamp(min=10.0**-DECADES).log10()
         shown = cell.imshow(relative, cmap="magma", vmin=-DECADES, vmax=0, interpolation="nearest")
         half, most = (100 * area_holding(field, share) for share in (0.5, 0.99))
         cell.set_title(f"{subject.title}\nhalf of it in {half:.2g} % of the image, 99 % in {most:.2g} %", fontsize=10)

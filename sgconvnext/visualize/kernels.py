@@ -30,26 +30,45 @@ def scale_starts(layer: SGConv2d) -> list[int]:
     return [start for start in starts if start < layer.length]
 
 
-def footprint(taps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Taps by 2-D offset: F[dy + H-1, dx + W-1] = K[dy W + dx], for all offsets between pixels of a map.
+def footprint(taps: Tensor, size: tuple[int, int], row_gap: int = 0) -> Tensor:
+    """Taps by 2-D offset: F[dy + H-1, dx + W-1] = K[dy (W + g) + dx], for all offsets between pixels of a map.
 
     Args:
-        taps: of one channel (2L-1), or (L) when causal; L = H W.
+        taps: of one channel (2L-1), or (L) when causal; L = H (W + g).
         size: (H, W).
+        row_gap: g.
 
     Returns:
         F (2H-1, 2W-1); NaN where no lag is.
     """
     height, width = size
+    row = width + row_gap
     dy = torch.arange(1 - height, height)[:, None]
     dx = torch.arange(1 - width, width)
-    index = dy * width + dx + len(taps) - height * width
+    index = dy * row + dx + len(taps) - height * row
     inside = (index >= 0) & (index < len(taps))
     return torch.where(inside, taps[index.clamp(0, len(taps) - 1)], torch.nan)
 
 
+def energy_outside(taps: Tensor, size: tuple[int, int], row_gap: int) -> float:
+    """Share of sum K^2 outside the (2g+1) x (2g+1) square of offsets around the output; 0 for a kernel of zeros.
+
+    Args:
+        taps: of one channel, as in `footprint`.
+        size: (H, W).
+        row_gap: g.
+    """
+    height, width = size
+    dy = torch.arange(-min(row_gap, height - 1), min(row_gap, height - 1) + 1)[:, None]
+    dx = torch.arange(-min(row_gap, width - 1), min(row_gap, width - 1) + 1)
+    index = (dy * (width + row_gap) + dx + len(taps) - height * (width + row_gap)).flatten()
+    squares = taps.double().square()
+    outside = squares.index_fill(0, index[index >= 0], 0.0)
+    return float(outside.sum() / squares.sum()) if squares.any() else 0.0
+
+
 def energy_kept(taps: Tensor, length: int) -> Tensor:
-    """Share of sum K^2 within |lag| < l, for l = 1 .. L, as the mean over the channels.
+    """Share of sum K^2 within |lag| < l, for l = 1 .. L, as the mean over the channels; 1 for a kernel of zeros.
 
     Args:
         taps: (C, 2L-1), or (C, L) when causal.
@@ -59,7 +78,8 @@ def energy_kept(taps: Tensor, length: int) -> Tensor:
     first_lag = length - taps.shape[-1]
     lag = torch.arange(first_lag, length).abs()
     by_lag = torch.zeros(len(taps), length, dtype=squares.dtype).index_add_(1, lag, squares)
-    return (by_lag.cumsum(1) / by_lag.sum(1, keepdim=True)).mean(0)
+    total = by_lag.sum(1, keepdim=True)
+    return torch.where(total > 0, by_lag.cumsum(1) / total, 1.0).mean(0)
 
 
 def _mean_energy(layers: list[SGConv2d]) -> Tensor:
@@ -80,11 +100,15 @@ def draw_kernels(subject: Subject, block: int) -> Any:
             cell.set_title(f"stage {stage + 1}, channel {channel}", fontsize=9)
             cell.margins(x=0)
             cell.tick_params(labelsize=8)
-        height, width = layer.input_size
-        row[0].set_ylabel(f"tap\n({height}x{width} tokens)", fontsize=9)
+        row[0].set_ylabel(f"tap\n({_tokens(layer)} tokens)", fontsize=9)
     picture.supxlabel("lag in tokens, row by row; positive: input tokens before the output's", fontsize=9)
     picture.suptitle(f"{subject.title}: kernels of block {block + 1} of every stage; every other scale is shaded")
     return picture
+
+
+def _tokens(layer: SGConv2d) -> str:
+    height, width = layer.input_size
+    return f"{height}x({width}+{layer.row_gap})" if layer.row_gap else f"{height}x{width}"
 
 
 def _layers(subject: Subject, block: int) -> list[SGConv2d]:
@@ -109,38 +133,61 @@ def _shade_scales(cell: Any, layer: SGConv2d) -> None:
             cell.axvspan(-end - 0.5, -begin - 0.5, color=BAND, linewidth=0)
 
 
-def draw_footprint(subject: Subject, block: int) -> Any:
-    """The same channels by 2-D offset. Beyond half a row the taps of the rows above and below come again."""
-    from matplotlib.colors import FuncNorm
+def draw_footprint(subject: Subject, block: int, reach: int | None = None) -> Any:
+    """The same channels by 2-D offset, up to so many rows and columns (the whole map).
 
+    Beyond half a row, an offset shares its tap with one of the row above or below. Framed: the square that a gap of
+    that many columns keeps from wrapping; with three columns it is the size of ConvNeXt's kernels.
+    """
     layers = _layers(subject, block)
     picture = figure.new(3.1 * COLUMNS, 2.7 * len(layers) + 0.6)
     axes = picture.subplots(len(layers), COLUMNS, squeeze=False)
     for stage, (layer, row) in enumerate(zip(layers, axes, strict=True)):
-        height, width = layer.input_size
         for cell, channel in zip(row, _channels(layer), strict=False):
-            # a positive lag is an input before the output: turned around, up and left are up and left in the image
-            folded = footprint(taps(layer)[channel], layer.input_size).flip(0, 1)
-            top = float(folded.nan_to_num().abs().max()) or 1.0
-            norm = FuncNorm((_signed_root, _signed_square), vmin=-top, vmax=top)
-            extent = (0.5 - width, width - 0.5, height - 0.5, 0.5 - height)
-            shown = cell.imshow(folded, cmap="RdBu_r", norm=norm, extent=extent, interpolation="nearest")
-            for edge in (-width / 2, width / 2):
-                cell.axvline(edge, color="black", linestyle="--", linewidth=0.8)
-            for span in ((0.5 - width, -width / 2), (width / 2, width - 0.5)):
-                cell.axvspan(*span, color="white", alpha=0.55, linewidth=0)
-            cell.set_title(f"stage {stage + 1}, channel {channel}", fontsize=9)
-            cell.tick_params(labelsize=7)
-            bar = picture.colorbar(shown, ax=cell, shrink=0.8, ticks=[-top, 0, top], format="%.2g")
+            by_lag = taps(layer)[channel]
+            bar = picture.colorbar(_show_footprint(cell, by_lag, layer, reach), ax=cell, shrink=0.8, format="%.2g")
+            bar.set_ticks([bar.vmin, 0, bar.vmax])
             bar.ax.tick_params(labelsize=7)
+            title = f"stage {stage + 1}, channel {channel}"
+            if layer.row_gap:
+                side, outside = 2 * layer.row_gap + 1, energy_outside(by_lag, layer.input_size, layer.row_gap)
+                title += f"\n{100 * outside:.2g} % of its energy outside {side}x{side}"
+            cell.set_title(title, fontsize=9)
+            cell.tick_params(labelsize=7)
         row[0].set_ylabel("rows below the output", fontsize=9)
     picture.supxlabel("columns to the right of the output", fontsize=9)
+    half = "half a row and its gap away. Beyond," if layers[0].row_gap else "half a row away. Beyond, rows wrap:"
     picture.suptitle(
         f"{subject.title}: taps of block {block + 1} by the input's place around the output (colour: its root)\n"
-        "Dashed: half a row away. Beyond, flattening wraps: pale taps are the other side's again, a row up or down",
+        f"Dashed: {half} pale taps are the other side's again, a row up or down",
         fontsize=11,
     )
     return picture
+
+
+def _show_footprint(cell: Any, by_lag: Tensor, layer: SGConv2d, reach: int | None) -> Any:
+    """Draw a channel; what the colours are of."""
+    from matplotlib.colors import FuncNorm
+    from matplotlib.patches import Rectangle
+
+    (height, width), gap = layer.input_size, layer.row_gap
+    # a positive lag is an input before the output: turned around, up and left are up and left in the image
+    folded = footprint(by_lag, layer.input_size, gap).flip(0, 1)
+    top = float(folded.nan_to_num().abs().max()) or 1.0
+    norm = FuncNorm((_signed_root, _signed_square), vmin=-top, vmax=top)
+    extent = (0.5 - width, width - 0.5, height - 0.5, 0.5 - height)
+    shown = cell.imshow(folded, cmap="RdBu_r", norm=norm, extent=extent, interpolation="nearest")
+    half = (width + gap) / 2
+    if half < width - 0.5:  # with a gap, a narrow map has no such offsets
+        for edge, end in ((-half, 0.5 - width), (half, width - 0.5)):
+            cell.axvline(edge, color="black", linestyle="--", linewidth=0.8)
+            cell.axvspan(edge, end, color="white", alpha=0.55, linewidth=0)
+    if gap:
+        cell.add_patch(Rectangle((-gap - 0.5, -gap - 0.5), 2 * gap + 1, 2 * gap + 1, fill=False, linewidth=0.6))
+    rows, columns = (side - 0.5 if reach is None else min(reach + 0.5, side - 0.5) for side in layer.input_size)
+    cell.set(xlim=(-columns, columns), ylim=(rows, -rows))
+    cell.locator_params(integer=True)
+    return shown
 
 
 def _signed_root(value: Any) -> Any:
@@ -152,7 +199,12 @@ def _signed_square(value: Any) -> Any:
 
 
 def draw_energy(subject: Subject) -> Any:
-    """Energy kept against the length of the kernel, per stage; dashed at initialisation, for a trained network."""
+    """Energy kept against the length of the kernel, per stage.
+
+    Dashed: at initialisation, of a network that was trained from there and not from another's weights.
+    """
+    begun = subject.config.model if subject.config else None
+    anew = begun is not None and not (begun.pretrained or begun.checkpoint)  # else it began with other kernels
     picture = figure.new(7.2, 4.6)
     axes = picture.subplots()
     for stage, (layers, colour) in enumerate(zip(subject.mixers(), figure.COLOURS, strict=False)):
@@ -162,12 +214,12 @@ def draw_energy(subject: Subject) -> Any:
         enough = int((kept < 0.9).sum()) + 1
         text = f"stage {stage + 1}: 90 % within {enough} of {length} lags"
         axes.annotate(text, (0.4, 0.32 - 0.075 * stage), xycoords="axes fraction", color=colour)
-        if subject.config is not None:
+        if anew:
             initial = copy.deepcopy(layers)
             for layer in initial:
                 layer.reset_parameters()
             axes.plot(share, 100 * _mean_energy(initial), color=colour, linestyle="--", linewidth=0.9)
-    dashed = "" if subject.config is None else " (dashed: at initialisation)"
+    dashed = " (dashed: at initialisation)" if anew else ""
     title = f"{subject.title}: mean over channels and blocks{dashed}"
     figure.plain(axes, title, "lags kept on each side, % of the kernel's length", "energy kept, %")
     return picture

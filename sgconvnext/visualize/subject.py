@@ -23,16 +23,18 @@ UNTRAINED_CONVNEXT = "convnext_tiny"
 
 @dataclass(frozen=True)
 class Subject:
-    """A network in evaluation mode; ``config`` is of the run that trained it, None for an untrained one."""
+    """A network in evaluation mode; ``config`` is of the run that trained it, None where there is none."""
 
     name: str
     model: Any
     config: Config | None
+    pretrained: bool = False
 
     @property
     def title(self) -> str:
         """Name and state, for the head of a picture."""
-        return f"{self.name}, {'untrained' if self.config is None else 'trained'}"
+        state = "trained" if self.config else "pretrained" if self.pretrained else "untrained"
+        return f"{self.name}, {state}"
 
     def mixers(self) -> list[list[SGConv2d]]:
         """The SGConv2d layers of every stage.
@@ -65,7 +67,7 @@ class Subject:
         return seen[None]
 
     def images(self, count: int) -> Tensor:
-        """Validation images of the run (B, C, H, W), evenly out of all; noise for an untrained network.
+        """Validation images of the run (B, C, H, W), evenly out of all; noise for a network of no run.
 
         Raises:
             ValueError: the run's data are not there.
@@ -78,10 +80,10 @@ class Subject:
         """Validation images of the run (B, C, H, W), evenly out of all, and their classes (B).
 
         Raises:
-            ValueError: an untrained network, or the run's data are not there.
+            ValueError: the network is of no run, or the run's data are not there.
         """
         if self.config is None:
-            raise ValueError(f"{self.name} is untrained, so it has no accuracy to lose; name a checkpoint")
+            raise ValueError(f"{self.title}, is of no run, so it has no validation images; name a checkpoint")
         split = data.create_split(self.config, train=False)
         if not isinstance(split.dataset, Images):
             raise ValueError(
@@ -97,7 +99,7 @@ class Subject:
         return images, torch.tensor([sample.target for sample in readable])
 
     def _input_size(self) -> tuple[int, int, int]:
-        """What an untrained network was built for."""
+        """What a network of no run was built for."""
         channels, height, width = resolve_data_config({}, model=self.model)["input_size"]
         mixer = next((module for module in self.model.modules() if isinstance(module, SGConv2d)), None)
         if mixer is not None:
@@ -106,10 +108,11 @@ class Subject:
 
 
 def load(spec: str, ema: bool = False, overrides: Sequence[str] = ()) -> Subject:
-    """The network of a checkpoint of train.py, or an untrained one by timm's name for it.
+    """The network of a checkpoint of train.py, or one by timm's name for it.
 
     Args:
-        spec: path of a checkpoint, or name with arguments after commas as in `sgconvnext.profile`.
+        spec: path of a checkpoint, or name with arguments after commas as in `sgconvnext.profile`. The network is
+            untrained, unless ``pretrained=True`` is one of them.
         ema: the checkpoint's average of the weights.
         overrides: knobs of the checkpoint's run, such as data.root.
 
@@ -121,12 +124,12 @@ def load(spec: str, ema: bool = False, overrides: Sequence[str] = ()) -> Subject
         model, config = build.trained_model(state, ema, spec, overrides)
         return Subject(config.model.name, model.eval(), config)
     name = spec.partition(",")[0]
-    if "/" in name or name.endswith((".pth", ".pt", ".safetensors")):
+    if ("/" in name and ":" not in name) or name.endswith((".pth", ".pt", ".safetensors")):
         checkpoint.load(spec)  # says why it cannot: there is no such file, or it is a folder
     if ema or overrides:
         raise ValueError(f"{spec} is no checkpoint: --use-ema and --set are about the run of one")
     torch.manual_seed(0)
-    return Subject(name, build.from_spec(spec).eval(), None)
+    return Subject(name, build.from_spec(spec).eval(), None, ",pretrained=True" in spec)
 
 
 def untrained_convnext(subject: Subject) -> Subject:

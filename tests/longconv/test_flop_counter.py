@@ -157,10 +157,11 @@ def test_fixed_network_is_counted_whole() -> None:
 RULES = {"total_ops": THOP, "__flops__": PTFLOPS}
 
 
+@pytest.mark.parametrize("options", [{}, {"row_gap": 3, "bias": True}], ids=["plain", "gap3"])
 @pytest.mark.parametrize("attribute", RULES)
-def test_rules_tell_other_counters_what_a_layer_costs(attribute: str) -> None:
+def test_rules_tell_other_counters_what_a_layer_costs(attribute: str, options: dict[str, Any]) -> None:
     rules: Any = RULES[attribute]
-    model, x = small_model(), torch.randn(2, 3, 64, 64)
+    model, x = small_model(**options), torch.randn(2, 3, 64, 64)
     layers = [module for module in model.modules() if type(module) in rules]
     for layer in layers:
         start = torch.zeros(1, dtype=torch.float64) if attribute == "total_ops" else 0
@@ -169,7 +170,7 @@ def test_rules_tell_other_counters_what_a_layer_costs(attribute: str) -> None:
     with torch.no_grad():
         model(x)
     told = sum(float(getattr(layer, attribute)) for layer in layers)
-    counted = count(small_model(), x)
+    counted = count(small_model(**options), x)
     want = counted.total(part=CONVOLUTION).macs + counted.total(part=KERNEL).macs
     assert told == pytest.approx(want, abs=len(layers))  # MACs are whole numbers there
     assert len(layers) == 4

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import timm
-from helpers import refused
+import torch
+from helpers import SMALL, refused, small_model
 from timm.models.convnext import ConvNeXt
+from torch import nn
 
 from sgconvnext import SGConvNeXt
 
@@ -19,12 +21,10 @@ from sgconvnext import SGConvNeXt
         ("use_grn", True, "ConvNeXt-V2"),
         ("patch_size", 2, "4x4"),
         ("stem_type", "overlap", "4x4"),
-        ("conv_bias", False, "skip in place of a bias"),
+        ("conv_bias", False, "(bias=True)"),
         ("act_layer", "relu", "GELU"),
         ("norm_layer", "batchnorm", "LayerNorm"),
-        ("norm_eps", 1e-5, "1e-6"),
         ("head_norm_first", True, "pools first"),
-        ("head_hidden_size", 64, "one linear layer"),
         ("drop_block_rate", 0.1, "drop_path_rate"),
     ],
 )
@@ -38,6 +38,25 @@ def test_every_argument_of_timms_convnext_is_taken_or_told() -> None:
     for argument in inspect.signature(ConvNeXt).parameters.keys() - ours.keys():
         with refused("sgconvnext_atto has no", argument, "leave it out"):
             timm.create_model("sgconvnext_atto", **{argument: 1})
+
+
+def test_norm_eps_reaches_every_norm() -> None:
+    for wanted in (1e-6, 0.125):
+        model = small_model(norm_eps=wanted, head_hidden_size=12)
+        found = [module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)]
+        assert found == [wanted] * (1 + 3 + 4 + 1)  # of the stem, the downsampling, the blocks, the head
+
+
+def test_head_hidden_size_builds_the_head_of_timms_convnext_large_mlp() -> None:
+    small = {key: value for key, value in SMALL.items() if key != "img_size"} | {"head_hidden_size": 12}
+    theirs, ours = timm.create_model("convnext_large_mlp", **small), small_model(head_hidden_size=12)
+    assert ours.head_hidden_size == theirs.head_hidden_size == 12
+    shapes = [{key: value.shape for key, value in model.head.state_dict().items()} for model in (theirs, ours)]
+    assert shapes[0] == shapes[1]
+    assert shapes[1]["pre_logits.fc.weight"] == (12, 32)
+    ours.head.load_state_dict(theirs.head.state_dict())
+    features = torch.randn(2, 32, 2, 2)
+    assert torch.equal(ours.forward_head(features), theirs.eval().forward_head(features))
 
 
 def test_misspelt_argument_is_refused_with_a_suggestion() -> None:

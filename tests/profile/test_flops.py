@@ -30,6 +30,13 @@ CHANNELS, TOKENS, TAPS = (8, 16, 24, 32), (256, 64, 16, 4), (16, 4, 1, 1)
 BLOCKS = ((16, 16), (8, 8), (1, 16), (1, 8))  # that longconv.dft cuts the tokens into
 
 
+# the same with rows that are three columns apart: H (W + 3) tokens; d, N, and the taps that are interpolated
+GAP3 = {"row_gap": 3, "bias": True}
+GAP_TOKENS = (16 * 19, 8 * 11, 4 * 7, 2 * 5)
+GAP_SCALES = ((31, 5), (19, 4), (13, 3), (10, 1))
+GAP_INTERPOLATED = (62 + 124 + 248, 38 + 76, 26, 0)  # scales 2, 3, 4 of 2d, 4d, 8d taps
+
+
 def images(batch: int = 1, size: tuple[int, int] = (64, 64)) -> Tensor:
     return torch.randn(batch, 3, *size)
 
@@ -82,6 +89,38 @@ def test_every_part_of_every_stage_is_what_the_formula_says(backend: str, batch:
     assert all(type(number) in (int, float) for number in vars(counted.total()).values())  # tracing makes tensors
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("backend", ["fft", "toeplitz", "reference"])
+def test_gap_is_convolved_too_and_all_else_costs_what_it_costs_without(backend: str, batch: int) -> None:
+    """fvcore's convention: a pad, a slice and the sum with a bias are free."""
+    x = images(batch)
+    counted, plain = (count(small_model(backend=backend, **options), x) for options in (GAP3, {}))
+    for stage, (channels, tokens) in enumerate(zip(CHANNELS, GAP_TOKENS, strict=True)):
+        convolution = total(counted, CONVOLUTION, stage)
+        assert convolution.macs == by_fft(batch, channels, 2 * tokens)
+        padded = (640, 192, 64, 32)[stage]  # at least 2 H (W + 3) - 1 points, as longconv.fft rounds them up
+        products = batch * channels * tokens**2
+        assert convolution.executed == (by_fft(batch, channels, padded) if backend == "fft" else products)
+        assert convolution.activations == total(plain, CONVOLUTION, stage).activations
+        assert total(counted, KERNEL, stage).macs == 2 * channels * GAP_INTERPOLATED[stage] * 3 / 2
+        for part in (STEM, MLP, NORM):
+            assert total(counted, part, stage) == total(plain, part, stage)
+        d, scales = GAP_SCALES[stage]
+        assert total(counted, KERNEL, stage).parameters == 2 * scales * channels * d + channels
+        assert convolution.parameters == channels  # the bias, as in ConvNeXt
+    assert counted.total(part=HEAD) == plain.total(part=HEAD)
+    assert counted.total(part=OTHER) == Cost()
+    assert counted.total().parameters == sum(parameter.numel() for parameter in small_model(**GAP3).parameters())
+
+
+def test_dilated_layer_has_a_gap_in_every_subsampled_map() -> None:
+    model = small_model(output_stride=8, backend="toeplitz", **GAP3)
+    counted = count(model, images())
+    assert total(counted, CONVOLUTION, 3).macs == by_fft(4**2, 32, 2 * 2 * 5)  # 8x8 tokens, every fourth: 16 of 2x2
+    assert total(counted, CONVOLUTION, 3).executed == 4**2 * 32 * (2 * 5) ** 2
+    assert total(counted, CONVOLUTION, 3).activations == 32 * 8 * 8
+
+
 def test_executed_transforms_are_as_long_as_the_backend_pads_them() -> None:
     counted = count(small_model(img_size=(52, 44), backend="fft"), images(1, (52, 44)))
     assert counted.total("1", CONVOLUTION).macs == by_fft(1, 8, 2 * 143)
@@ -89,10 +128,11 @@ def test_executed_transforms_are_as_long_as_the_backend_pads_them() -> None:
     assert counted.total("1", MLP).executed == counted.total("1", MLP).macs
 
 
+@pytest.mark.parametrize("options", [{}, GAP3], ids=["plain", "gap3"])
 @pytest.mark.parametrize("backend", ["fft", "toeplitz", "dft"])
-def test_torch_counts_the_same_flops(backend: str) -> None:
+def test_torch_counts_the_same_flops(backend: str, options: dict[str, Any]) -> None:
     """FlopCounterMode looks below autograd, at what runs; it leaves norms and pooling out."""
-    model, x = small_model(backend=backend), images(2)
+    model, x = small_model(backend=backend, **options), images(2)
     counted = count(model, x)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(x)

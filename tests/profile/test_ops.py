@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BACKENDS_HERE
+from helpers import BACKENDS_HERE, refused
 from torch import Tensor
 
 from sgconvnext.longconv import BACKENDS, Backend, long_conv
@@ -68,6 +68,43 @@ def test_every_backend_that_fits_is_checked_and_timed_beside_the_depthwise_convo
     assert chosen["2x6x4"] == "toeplitz"
     assert chosen.get("2x7x7") == ("fft" if dtype == "fp32" else None)  # toeplitz, which is left out
     assert "median" in " ".join(table["notes"])
+
+
+MODEL = "sgconvnext_atto_gap3,depths=[1,2,1,1],dims=[2,3,4,5],img_size=(64,32)"
+
+
+def test_layers_of_a_model_are_measured_with_the_zeros_between_their_rows(run: Callable[..., Any]) -> None:
+    assert ops.shapes_of([MODEL, MODEL]) == [(2, 16, 8, 3), (3, 8, 4, 3), (4, 4, 2, 3), (5, 2, 1, 3)]
+    table, code = run(MODEL, "--batch", 2, "--mode", "training")
+    assert code is None
+    layers = {"2x16x8+3": 176, "3x8x4+3": 56, "4x4x2+3": 20, "5x2x1+3": 8}
+    assert {row["layer"]: row["L"] for row in table["rows"]} == layers
+    for row in table["rows"]:
+        assert "wrong" not in row["mark"]
+        assert all(0 < row[name] <= 1e-5 for name in ops.ERRORS if name in row)
+    both, _ = run(MODEL, "--shape", "2x3x3", "--batch", 1, "--mode", "inference")
+    assert {row["layer"] for row in both["rows"]} == {*layers, "2x3x3"}
+
+
+def test_signal_of_a_layer_is_its_map_with_zeros_after_every_row() -> None:
+    layer = ops.Layer((2, 3, 4), row_gap=3)
+    image = torch.randn(1, 2, 3, 4)
+    rows = layer.signal(image).unflatten(2, (3, 7))
+    assert torch.equal(rows[..., :4], image)
+    assert not rows[..., 4:].any()
+
+
+def test_wrong_backend_of_a_layer_with_a_gap_is_seen(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "dft", broken("last channel"))
+    table, code = run(MODEL, "--batch", 1, "--mode", "inference")
+    assert code == 1
+    assert {row["what"] for row in table["rows"] if "wrong" in row["mark"]} == {"dft"}
+    assert "dft in inference of 1 x 2 x 16 x 8+3 is wrong: its errors are not within 1e-05." in table["notes"]
+
+
+def test_model_without_a_long_convolution_is_refused() -> None:
+    with refused("convnext_atto has no SGConv layer", "name an sgconvnext model"):
+        ops.shapes_of(["convnext_atto"])
 
 
 def as_backend(function: Callable[[Tensor, Tensor], Tensor]) -> Backend:

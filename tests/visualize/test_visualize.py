@@ -1,11 +1,13 @@
 """The numbers behind the pictures, by hand; the pictures themselves, and what is refused."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from helpers import refused, relative_error
 from PIL import Image
@@ -14,6 +16,7 @@ from training_helpers import trained, write_images
 
 from sgconvnext import SGConv2d, figure
 from sgconvnext.longconv import long_conv
+from sgconvnext.models.convnext import mixer_state
 from sgconvnext.models.kernel import lag_taps
 from sgconvnext.visualize import __main__ as main
 from sgconvnext.visualize import features, kernels, pruning
@@ -79,6 +82,54 @@ def test_footprint_has_the_tap_of_every_offset_between_pixels() -> None:
     assert folded[3, 0] == folded[2, 4 - 1 + 1]  # (1, -3) is lag 1, as (0, 1): where rows wrap
 
 
+def test_footprint_with_a_gap_has_the_tap_of_every_offset_between_pixels() -> None:
+    height, width, row = 3, 4, 4 + 2
+    taps = torch.arange(1.0, 36.0)  # lag -17 .. 17
+    folded = kernels.footprint(taps, (height, width), row_gap=2)
+    assert folded.shape == (5, 7)
+    for y, x, v, u in itertools.product(range(3), range(4), range(3), range(4)):
+        lag = (y * row + x) - (v * row + u)
+        assert folded[y - v + 2, x - u + 3] == taps[lag + 17]
+    assert folded[2, 0] == folded[1, 3 + 3]  # (0, -3) is lag -3, as (-1, 3): more than half a row and its gap
+    assert len(set(folded[:, 1:6].flatten().tolist())) == 25  # the others have a tap of their own
+
+
+def converted(size: tuple[int, int]) -> tuple[SGConv2d, torch.Tensor]:
+    """A layer that convolves as a 7x7 depthwise convolution does, and its weight (3, 7, 7)."""
+    layer, weight = SGConv2d(3, size, row_gap=3, bias=True), torch.randn(3, 1, 7, 7)
+    layer.load_state_dict({**mixer_state(weight, layer), "bias": torch.zeros(3)})
+    return layer, weight[:, 0]
+
+
+@pytest.mark.parametrize("size", [(14, 9), (7, 7), (8, 4), (2, 3), (1, 1)], ids=str)
+def test_footprint_of_a_converted_convnext_is_its_7x7_weight_and_zero_elsewhere(size: tuple[int, int]) -> None:
+    layer, weight = converted(size)
+    rows, columns = (min(3, side - 1) for side in size)  # that two pixels of the map can be apart
+    for channel in range(3):
+        # turned around, as it is drawn: where the input lies around the output, as in the weight of a convolution
+        drawn = kernels.footprint(kernels.taps(layer)[channel], size, 3).flip(0, 1)
+        want = torch.zeros(2 * size[0] - 1, 2 * size[1] - 1)
+        square = weight[channel, 3 - rows : 4 + rows, 3 - columns : 4 + columns]
+        want[size[0] - 1 - rows : size[0] + rows, size[1] - 1 - columns : size[1] + columns] = square
+        assert torch.equal(drawn, want)
+        assert kernels.energy_outside(kernels.taps(layer)[channel], size, 3) == 0
+
+
+def test_what_grew_around_the_7x7_is_in_the_footprint_and_is_told() -> None:
+    layer, weight = converted((14, 14))
+    before = kernels.taps(layer)[1]
+    grown = before.clone()
+    grown[len(grown) // 2 - (5 * 17 - 6)] = 2.0  # the input five rows below and six columns to the left
+    changed = (kernels.footprint(grown, (14, 14), 3) - kernels.footprint(before, (14, 14), 3)).flip(0, 1)
+    assert changed.nonzero().tolist() == [[13 + 4, 13 + 11], [13 + 5, 13 - 6]]  # its other side, a row up, too
+    outside = kernels.energy_outside(grown, (14, 14), 3)
+    assert outside == pytest.approx(4 / (4 + float(weight[1].square().sum())))
+
+
+def test_energy_outside_the_square_of_a_causal_kernel_is_of_its_own_lags() -> None:
+    assert kernels.energy_outside(torch.ones(3 * 5), (3, 4), 1) == pytest.approx(1 - 5 / 15)  # of lags 0, 1, 4, 5, 6
+
+
 def test_footprint_of_a_causal_kernel_has_no_offset_ahead() -> None:
     folded = kernels.footprint(torch.ones(12), (3, 4))
     assert folded[:2, :3].isnan().all()  # rows above and columns to the left: negative lags
@@ -90,6 +141,14 @@ def test_energy_is_kept_by_distance_on_both_sides() -> None:
     taps = torch.tensor([[1.0, 2.0, 3.0, 0.0, 2.0]])  # lags -2 .. 2
     assert kernels.energy_kept(taps, 3).tolist() == pytest.approx([9 / 18, 13 / 18, 1.0])
     assert kernels.energy_kept(taps[:, 2:], 3).tolist() == pytest.approx([9 / 13, 9 / 13, 1.0])
+
+
+def test_kernel_of_zeros_has_no_energy_to_lose() -> None:
+    taps = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0, 0.0]])
+    assert kernels.energy_kept(taps, 3).tolist() == pytest.approx([0.75, 0.75, 1.0])
+    assert kernels.energy_outside(taps[0], (3, 1), 0) == 0
+    for order in pruning.ORDERS:
+        assert not pruning.prune(torch.zeros(2, 3, 8), 0.5, order).any()
 
 
 def test_pruning_takes_the_smallest_taps_of_every_channel() -> None:
@@ -137,6 +196,56 @@ def test_untrained_network_is_drawn_small(run: Run, tmp_path: Path, command: str
     with Image.open(out) as picture:
         assert len(picture.convert("RGB").getcolors(10**6)) > 20
     assert out.stat().st_size < 200_000
+
+
+@pytest.fixture
+def convnext(tmp_path: Path) -> str:
+    """Arguments of a gap model that takes the weights of a ConvNeXt, which are large enough to be seen."""
+    theirs = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
+    torch.save(theirs.state_dict(), tmp_path / "convnext.pth")
+    overlay = f"pretrained=True,pretrained_cfg_overlay={{'file':'{tmp_path / 'convnext.pth'}'}}"
+    return f"convnext_atto,depths=[1,1,1,1],dims=[8,16,24,32],{overlay}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_converted_convnext_is_drawn(run: Run, tmp_path: Path, convnext: str, command: str) -> None:
+    spec, out = convnext.replace("convnext_atto", "sgconvnext_atto_gap3,img_size=64", 1), tmp_path / f"{command}.png"
+    assert run(command, spec, "--out", out) == f"{out}: {command} of sgconvnext_atto_gap3, pretrained\n"
+    with Image.open(out) as picture:
+        assert len(picture.convert("RGB").getcolors(10**6)) > 20
+
+
+def test_converted_convnext_has_its_receptive_field(convnext: str) -> None:
+    ours = load(convnext.replace("convnext_atto", "sgconvnext_atto_gap3,img_size=64", 1))
+    theirs, images = load(convnext), torch.randn(2, 3, 96, 64)
+    assert (ours.title, theirs.title) == ("sgconvnext_atto_gap3, pretrained", "convnext_atto, pretrained")
+    field = features.receptive_field(ours, images)
+    assert relative_error(field, features.receptive_field(theirs, images)) <= 1e-5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_network_of_zeros_is_drawn(tmp_path: Path, command: str) -> None:
+    subject = load(SMALL + ",row_gap=3,bias=True")
+    for parameter in subject.model.parameters():
+        nn.init.zeros_(parameter)
+    draw: dict[str, Callable[[], Any]] = {
+        "kernels": lambda: kernels.draw_kernels(subject, 0),
+        "footprint": lambda: kernels.draw_footprint(subject, 0),
+        "energy": lambda: kernels.draw_energy(subject),
+        "features": lambda: features.draw_features(subject, subject.images(1)),
+        "erf": lambda: features.draw_receptive_fields([subject], subject.images(1)),
+    }
+    figure.save(draw[command](), tmp_path / "a.png")
+
+
+def test_footprint_is_drawn_as_far_as_one_likes() -> None:
+    subject = load(SMALL + ",row_gap=3,bias=True")
+    for reach, want in ((None, [15.5, 7.5, 3.5, 1.5]), (4, [4.5, 4.5, 3.5, 1.5])):
+        cells = kernels.draw_footprint(subject, 0, reach).axes[: 4 * kernels.COLUMNS : kernels.COLUMNS]
+        assert [cell.get_xlim() for cell in cells] == [(-half, half) for half in want]
+        assert [cell.get_ylim() for cell in cells] == [(half, -half) for half in want]  # downwards, as in an image
 
 
 @pytest.fixture
@@ -236,7 +345,8 @@ def test_network_without_stage_outputs_is_refused() -> None:
         "no kernels": (["kernels", "convnext_atto"], ["convnext_atto", "no SGConv layer"]),
         "block": (["kernels", SMALL, "--block", "2"], ["--block 2", "1 block"]),
         "block 0": (["footprint", SMALL, "--block", "0"], ["--block", "0"]),
-        "untrained": (["pruning", SMALL], ["untrained", "name a checkpoint"]),
+        "untrained": (["pruning", SMALL], ["sgconvnext_atto, untrained, is of no run", "name a checkpoint"]),
+        "reach": (["footprint", SMALL, "--reach", "0"], ["--reach", "at least 1"]),
         "average": (["kernels", SMALL, "--use-ema"], ["--use-ema", "no checkpoint"]),
         "knobs": (["erf", SMALL, "--set", "data.root=x"], ["--set", "no checkpoint"]),
         "image": (["features", SMALL, "no.jpg"], ["no.jpg"]),
