@@ -202,9 +202,7 @@ def test_reparameterized_weights_are_told(tmp_path: Path) -> None:
 def test_load_state_dict_and_checkpoint_path_tell_the_sizes_apart(tmp_path: Path) -> None:
     """timm applies no filter here."""
     path = kept(built(64), tmp_path)
-    told = (
-        r"stages\.0\.blocks\.0\.sgconv: the state dict has 16 taps a scale, the layer 36: it is of another input size"
-    )
+    told = r"stages\.0\.blocks\.0\.sgconv: the state dict has 5 scales of 16 taps, the layer 5 of 36: it is of another"
     with pytest.raises(RuntimeError, match=told):
         timm.create_model("sgconvnext_atto", img_size=96, checkpoint_path=path, **BUILT)
     with pytest.raises(RuntimeError, match=told):
