@@ -151,7 +151,7 @@ def nearest_weight(kernel: Tensor, num_scales: int, scale_dim: int, options: Ker
         first += size
     if options.decay == "scale":
         weight = weight * _inverse_decay(weight, options)
-    return weight.transpose(2, 3)
+    return weight.transpose(2, 3).contiguous()
 
 
 def _upsample(scale: Tensor, size: int) -> Tensor:
