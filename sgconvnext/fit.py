@@ -146,7 +146,14 @@ def stages(shapes: Shapes) -> tuple[list[int], list[int]]:
     return [depths[stage] for stage in sorted(depths)], [norm[0] for norm in norms if norm]
 
 
-def _other_kernels(_: Any, own: Shapes, found: Shapes) -> str:
+def _other_kernels(model: Any, own: Shapes, found: Shapes) -> str:
+    ours, their = (any(key.endswith(".sgconv.bias") for key in keys) for keys in (own, found))
+    if ours != their and any(key.endswith(".sgconv.weight") for key in found):
+        return (
+            f"is of a model {'with' if their else 'without'} a bias in its mixers, such as the "
+            f"{'_gap3 models' if their else 'models without _gap3'}; name that model, or build it with bias={their} "
+            "and the row_gap that it had"
+        )
     for key, shape in own.items():
         theirs = found.get(key, shape)
         if not key.endswith("sgconv.weight") or theirs == shape or len(theirs) != 4:
@@ -154,13 +161,14 @@ def _other_kernels(_: Any, own: Shapes, found: Shapes) -> str:
         if theirs[0] != shape[0]:
             kinds = ("causal", "bidirectional") if theirs[0] < shape[0] else ("bidirectional", "causal")
             return "has {} kernels, the model's are {}; build it with bidirectional={}".format(*kinds, theirs[0] == 2)
-        if theirs[1] != shape[1]:
+        follows = model.get_submodule(key.removesuffix(".weight")).num_scales is None  # from the image size
+        if theirs[1] != shape[1] and not follows:
             return f"has {theirs[1]} scales a kernel, the model {shape[1]}; build it with num_scales={theirs[1]}"
-        if theirs[3] != shape[3]:
+        if theirs[1] != shape[1] or theirs[3] != shape[3]:
             return (
-                f"has kernels for another image size ({key} has {theirs[3]} taps a scale, the model {shape[3]}), and "
-                "does not say for which; build the model for that size (img_size, in train.py model.img_size); its "
-                "set_input_size then changes it"
+                f"has kernels for another image size ({key} has {theirs[1]} scales of {theirs[3]} taps, the model "
+                f"{shape[1]} of {shape[3]}), and does not say for which; build the model for that size (img_size, in "
+                "train.py model.img_size); its set_input_size then changes it"
             )
     return ""
 

@@ -15,6 +15,7 @@ from sgconvnext.longconv import available_backends, long_conv, reference
 
 BACKENDS_HERE = available_backends(torch.zeros(1, 1, 1))  # of float32 on a CPU
 SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "img_size": 64, "num_classes": 10}
+GAP: dict[str, Any] = {"row_gap": 3, "bias": True}  # of the _gap3 models
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import SMALL, refused, relative_error, small_model
+from helpers import GAP, SMALL, refused, relative_error, small_model
 from torch import Tensor
 from training_helpers import MICRO, micro_config, trained
 
@@ -42,10 +42,14 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         "has causal kernels, the model's are bidirectional; build it with bidirectional=False",
     ),
     "scales": (lambda: small_model(num_scales=3), "has 3 scales a kernel, the model 5; build it with num_scales=3"),
-    "size": (lambda: small_model(img_size=96), "for another image size (stages.0.blocks.0.sgconv.weight has 36 taps"),
+    "gap": (lambda: small_model(**GAP), "is of a model with a bias in its mixers, such as the _gap3 models"),
+    "size": (
+        lambda: small_model(img_size=96),
+        "for another image size (stages.0.blocks.0.sgconv.weight has 5 scales of",
+    ),
     "depths": (lambda: small_model(depths=(1, 1, 3, 1)), "another size: it has depths [1, 1, 3, 1] and dims [8, 16,"),
     "dims": (lambda: small_model(dims=(8, 16, 24, 40)), "and dims [8, 16, 24, 40], the model depths [1, 1, 1, 1]"),
-    "convnext": (convnext, "is of a ConvNeXt: its 7x7 convolutions cannot become global ones; name a convnext model"),
+    "convnext": (convnext, "is of a ConvNeXt, whose 7x7 kernels this model does not hold; name sgconvnext_NAME_gap3"),
     "resnet": (lambda: timm.create_model("resnet10t", num_classes=10), "another architecture; keys"),
     "classes": (
         lambda: small_model(num_classes=7),

@@ -43,36 +43,40 @@ def scale_dim_with_gap(height: int, width: int, row_gap: int) -> int:
     return min(length, max(-(-length // 16), -(-reach // 2)))
 
 
-def resize_taps(taps: Tensor, built: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def resize_taps(taps: Tensor, built: tuple[int, int], size: tuple[int, int], row_gap: int = 0) -> Tensor:
     """Taps for another feature map, each at the 2-D offset that it was built for.
 
-    On a map W wide, lag = dy * W + dx with -W/2 <= dx < W/2 is read as the offset (dy, dx). The tap of a lag on the
-    new map is the built tap of the same offset. Offsets that the built map does not have were never trained: their
-    taps are zero. Pixels more than W/2 columns apart share their lag, and so their tap, with a near column of the next
-    row: there the two sizes differ.
+    Rows are R = W + g apart. lag = dy * R + dx with -R/2 <= dx < R/2 is read as the offset (dy, dx). The tap of a lag
+    on the new map is the built tap of the same offset. Offsets that the built map does not have were never trained:
+    their taps are zero. Pixels more than R/2 columns apart share their lag, and so their tap, with a near column of
+    the next row: there the two sizes differ.
 
     Args:
-        taps: built for a map of ``built`` = (H0, W0): (C, 2 H0 W0 - 1), or (C, H0 W0) when causal.
+        taps: built for a map of ``built`` = (H0, W0), L0 = H0 (W0 + g): (C, 2 L0 - 1), or (C, L0) when causal.
         built: (H0, W0).
-        size: (H, W) of the new map; with size == built the taps stay as they are.
+        size: (H, W) of the new map, L = H (W + g); with size == built and no gap the taps stay as they are.
+        row_gap: g, zero columns between two rows.
 
     Returns:
-        taps (C, 2HW - 1), or (C, HW) when causal and built for more than one token.
+        taps (C, 2L - 1), or (C, L) when causal and built for more than one token.
     """
-    length, built_length = size[0] * size[1], built[0] * built[1]
+    row, built_row = size[1] + row_gap, built[1] + row_gap
+    length, built_length = size[0] * row, built[0] * built_row
     causal = taps.shape[-1] != 2 * built_length - 1
-    dy, dx = _offset(torch.arange(0 if causal else 1 - length, length, device=taps.device), size[1])
-    index = dy * built[1] + dx - (0 if causal else 1 - built_length)
-    half = built[1] // 2
-    trained = (dx >= -half) & (dx < built[1] - half) & (index >= 0) & (index < taps.shape[-1])
+    dy, dx = _offset(torch.arange(0 if causal else 1 - length, length, device=taps.device), row)
+    index = dy * built_row + dx - (0 if causal else 1 - built_length)
+    half = built_row // 2
+    trained = (dx >= -half) & (dx < built_row - half) & (index >= 0) & (index < taps.shape[-1])
+    if row_gap > 0:  # where the built map has no two pixels, its taps met zeros only
+        trained = trained & (dy.abs() < built[0]) & (dx.abs() < built[1])
     return torch.where(trained, taps.index_select(1, index.clamp(0, taps.shape[-1] - 1)), 0.0)
 
 
-def _offset(lag: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """(dy, dx) of each lag, -W/2 <= dx < W/2."""
-    half = width // 2
-    dy = torch.div(lag + half, width, rounding_mode="floor")
-    return dy, lag - dy * width
+def _offset(lag: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    """(dy, dx) of each lag, -R/2 <= dx < R/2."""
+    half = row // 2
+    dy = torch.div(lag + half, row, rounding_mode="floor")
+    return dy, lag - dy * row
 
 
 def stretch(weight: Tensor, scale_dim: int) -> Tensor:

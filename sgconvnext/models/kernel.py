@@ -144,14 +144,14 @@ def nearest_weight(kernel: Tensor, num_scales: int, scale_dim: int, options: Ker
         taps = kernel[:, first : first + size]  # the last scale is cut
         if i < 2:
             weight[:, i, : taps.shape[1]] = taps
-        elif taps.any():  # a converted ConvNeXt has none here
+        elif not taps.is_meta and taps.any():  # a converted ConvNeXt has none here
             unit = torch.eye(scale_dim, dtype=kernel.dtype, device=kernel.device)
             upsample = _upsample(unit[None], size)[0, : taps.shape[1]]
             weight[:, i] = torch.linalg.pinv(upsample.T @ upsample, hermitian=True) @ (upsample.T @ taps)
         first += size
     if options.decay == "scale":
         weight = weight * _inverse_decay(weight, options)
-    return weight.transpose(2, 3)
+    return weight.transpose(2, 3).contiguous()
 
 
 def _upsample(scale: Tensor, size: int) -> Tensor:

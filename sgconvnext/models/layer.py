@@ -241,8 +241,10 @@ class SGConv2d(KernelGenerator):
         height, width = map_size(input_size)
         if dilation < 1:
             raise ValueError(f"dilation={dilation} must be at least 1")
-        if row_gap < 0:
-            raise ValueError(f"row_gap={row_gap} must be at least 0")
+        if type(row_gap) is not int or row_gap < 0:
+            raise ValueError(f"row_gap={row_gap!r} must be a whole number of columns, at least 0")
+        if type(bias) is not bool:
+            raise ValueError(f"bias={bias!r} must be True or False")
         self_scaled = num_scales is None and scale_dim is None
         if self_scaled and row_gap > 0:
             scale_dim = scale_dim_with_gap(height, width, row_gap)
@@ -283,40 +285,38 @@ class SGConv2d(KernelGenerator):
         size = (x.shape[2], x.shape[3])
         if self.dilation > 1:
             x = _split_phases(x, self.dilation)
-        width = x.shape[3]
+        grid = (x.shape[2], x.shape[3])
         if self.row_gap > 0:
             x = F.pad(x, (0, self.row_gap))
         rows = (x.shape[2], x.shape[3])
         x = x.flatten(2)
         if torch.jit.is_scripting():  # noqa: SIM108  TorchScript compiles both sides of the short form
-            y = plain_long_conv(x, self._taps_for(rows))
+            y = plain_long_conv(x, self._taps_for(grid))
         else:
-            y = _convolve(self, x, rows)
+            y = _convolve(self, x, grid)
         y = y.unflatten(2, rows)
         if self.row_gap > 0:
-            y = y[..., :width]
+            y = y[..., : grid[1]]
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)[:, None, None]
         return _join_phases(y, self.dilation, size) if self.dilation > 1 else y
 
-    def _rows(self) -> tuple[int, int]:
-        """H, W + g of the map that the kernel is built for."""
-        return self.input_size[0], self.input_size[1] + self.row_gap
-
-    def _taps_for(self, rows: tuple[int, int]) -> Tensor:
+    def _taps_for(self, size: tuple[int, int]) -> Tensor:
         """The built taps, or those for a map of another size."""
         taps = self.built_taps()
-        return taps if rows == self._rows() else resize_taps(taps, self._rows(), rows)
+        return taps if size == self.input_size else resize_taps(taps, self.input_size, size, self.row_gap)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         """Tell that a state dict is of another input size, where torch would tell two shapes."""
         own = torch.Size() if self.taps is not None else self.weight.shape
         theirs = getattr(state.get(f"{prefix}weight"), "shape", own)
-        if len(theirs) == len(own) and theirs[:3] == own[:3] and theirs != own:
+        following = 3 if self.num_scales else 1  # the dimension, of N or d, from which on the input size decides
+        if len(theirs) == len(own) and theirs != own and theirs[2] == own[2] and theirs[:following] == own[:following]:
             *_, errors = args
             errors.append(
-                f"{prefix[:-1]}: the state dict has {theirs[3]} taps a scale, the layer {own[3]}: it is of "
-                "another input size; load it into a layer built for that size, then call set_input_size"
+                f"{prefix[:-1]}: the state dict has {theirs[1]} scales of {theirs[3]} taps, the layer {own[1]} of "
+                f"{own[3]}: it is of another input size; load it into a layer built for that size, then call "
+                "set_input_size"
             )
         else:
             super()._load_from_state_dict(state, prefix, *args)
@@ -348,12 +348,13 @@ class SGConv2d(KernelGenerator):
             self._stretch_scales(height, width)
 
     def _move_taps(self, height: int, width: int) -> None:
-        before, (num_scales, scale_dim) = self._rows(), self.scales_at(height, width)
+        before, (num_scales, scale_dim) = self.input_size, self.scales_at(height, width)
         self.input_size = (height, width)
-        if self._rows() == before:
+        if self.input_size == before:
             return
         with torch.no_grad():
-            taps = resize_taps(lag_taps(self.kernel(), torch.zeros_like(self.skip)), before, self._rows())
+            taps = lag_taps(self.kernel(), torch.zeros_like(self.skip))
+            taps = resize_taps(taps, before, self.input_size, self.row_gap)
             self.length = height * (width + self.row_gap)
             kernel = kernel_of_lags(taps, self.bidirectional) * self.kernel_norm
             weight = nearest_weight(kernel, num_scales, scale_dim, self.options).to(self.weight.dtype)

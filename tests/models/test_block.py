@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import GAP, relative_error
 from timm.layers import DropPath, GlobalResponseNormMlp, Mlp
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
@@ -31,6 +31,12 @@ def whole(module: SGConvNeXtBlock, *arguments: Any) -> Any:
         return function(copy.deepcopy(module), *rest)
 
 
+def with_random_bias(module: SGConvNeXtBlock) -> SGConvNeXtBlock:
+    if module.sgconv.bias is not None:
+        nn.init.normal_(module.sgconv.bias)
+    return module
+
+
 def run(module: SGConvNeXtBlock, x: Tensor) -> Tensor:
     y: Tensor = module(x)
     return y
@@ -51,11 +57,12 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("ls_init_value", [0.5, None])
+@pytest.mark.parametrize("options", [{"ls_init_value": 0.5}, {"ls_init_value": None}, GAP], ids=str)
 def test_block_in_chunks_equals_the_whole(
-    ls_init_value: float | None, layout: torch.memory_format, chunks: list[torch.Size]
+    options: dict[str, Any], layout: torch.memory_format, chunks: list[torch.Size]
 ) -> None:
-    module = SGConvNeXtBlock(8, (10, 7), ls_init_value=ls_init_value).eval()
+    module = with_random_bias(SGConvNeXtBlock(8, (10, 7), **{"ls_init_value": 0.5} | options)).eval()
+
     x = torch.randn(SHAPE).to(memory_format=layout)
     with torch.no_grad():
         y = module(x)
@@ -139,11 +146,12 @@ def test_chunks_under_autocast_equal_the_whole() -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("drop_path", [0.0, 0.5])
-def test_fused_block_equals_the_whole(drop_path: float) -> None:
+@pytest.mark.parametrize(("drop_path", "options"), [(0.0, {}), (0.5, {}), (0.0, GAP)], ids=str)
+def test_fused_block_equals_the_whole(drop_path: float, options: dict[str, Any]) -> None:
     """The Triton programs around the MLP, in its interpreter where there is no GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    module = SGConvNeXtBlock(16, (5, 4), ls_init_value=0.5, drop_path=drop_path, backend="triton", device=device)
+    options = {"ls_init_value": 0.5, "drop_path": drop_path, "backend": "triton", "device": device} | options
+    module = with_random_bias(SGConvNeXtBlock(16, (5, 4), **options))
     x, dy = torch.randn(8, 16, 5, 4, device=device), torch.randn(8, 16, 5, 4, device=device)
     other = copy.deepcopy(module)
     other.sgconv.backend = "fft"

@@ -1,6 +1,7 @@
 """Parameters -> taps: the equation worked out by hand, F.interpolate, and the sizes that follow from the length."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from helpers import mixers, relative_error, small_model
 from torch import Tensor
 
 from sgconvnext.models.kernel import (
+    kernel_of_lags,
     kernel_options,
     l2_norm,
     lag_taps,
     multiscale_kernel,
+    nearest_weight,
     num_scales_for,
     scale_dim_for,
 )
@@ -124,3 +127,53 @@ def test_causal_taps_start_at_lag_zero() -> None:
 def test_one_tap_is_lag_zero_in_both_directions() -> None:
     assert lag_taps(torch.tensor([[[1.0]], [[10.0]]]), torch.tensor([100.0])).tolist() == [[101.0]]
     assert lag_taps(torch.tensor([[[1.0]]]), torch.tensor([100.0])).tolist() == [[101.0]]
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_kernel_of_lags_is_the_inverse_of_lag_taps(length: int, directions: int) -> None:
+    kernel = torch.randn(directions, 3, length)
+    kernel[1:, :, -1] = 0  # no output reaches lag -L
+    assert torch.equal(kernel_of_lags(lag_taps(kernel, torch.zeros(3)), directions == 2), kernel)
+
+
+OPTIONS = [{}, {"alpha": (1.0, 1 / 3)}, {"decay": "position"}, {"decay": "position", "exponent": 0.5}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("length", [96, 75, 49, 13, 6])  # of 6 taps a scale: whole, cut in the last scale, few scales
+def test_nearest_weight_has_the_kernel_of_the_weight_that_made_it(length: int, options: dict[str, Any]) -> None:
+    chosen, weight = kernel_options(**options), torch.randn(2, 5, 3, 6, dtype=torch.float64)
+    kernel = multiscale_kernel(weight, length, chosen)
+    got = nearest_weight(kernel, 5, 6, chosen)
+    assert relative_error(multiscale_kernel(got, length, chosen), kernel) <= 1e-12
+    if length == 96:
+        assert relative_error(got, weight) <= 1e-12
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("num_scales", "length"), [(1, 6), (1, 4), (2, 12), (2, 9)])
+def test_every_kernel_of_one_or_two_scales_has_a_weight(num_scales: int, length: int, options: dict[str, Any]) -> None:
+    chosen, kernel = kernel_options(**options), torch.randn(2, 3, length)
+    got = nearest_weight(kernel, num_scales, 6, chosen)
+    assert got.shape == (2, num_scales, 3, 6)
+    assert relative_error(multiscale_kernel(got, length, chosen), kernel) <= 1e-6
+
+
+@pytest.mark.parametrize("length", [48, 41, 25])
+def test_nearest_weight_leaves_the_least_squares(length: int) -> None:
+    """No step in any direction comes nearer."""
+    kernel = torch.randn(1, 2, length, dtype=torch.float64)
+    weight = nearest_weight(kernel, 4, 6, kernel_options()).requires_grad_()
+    loss = (multiscale_kernel(weight, length, kernel_options()) - kernel).square().sum()
+    (slope,) = torch.autograd.grad(loss, weight)
+    assert float(loss) > 0.1
+    assert float(slope.abs().max()) <= 1e-10
+
+
+def test_nearest_weight_of_no_far_taps_has_none() -> None:
+    kernel = torch.zeros(2, 3, 40)
+    kernel[..., :12] = torch.randn(2, 3, 12)
+    weight = nearest_weight(kernel, 4, 6, kernel_options(alpha=1.0))
+    assert not weight[:, 2:].any()
+    assert relative_error(weight[:, :2].transpose(1, 2).flatten(2), kernel[..., :12]) == 0

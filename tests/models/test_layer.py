@@ -2,10 +2,11 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
-from helpers import BACKENDS_HERE, refused, relative_error
+from helpers import BACKENDS_HERE, GAP, refused, relative_error
 from torch import Tensor, nn
 
 from sgconvnext import SGConv, SGConv2d
@@ -515,7 +516,7 @@ def test_set_input_size_refuses_an_impossible_size_and_leaves_the_layer_alone(si
 @scripting
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bidirectional": False}, {"decay": "position"}, {"alpha": (1, 1 / 3)}, {"dilation": 2}],
+    [{}, {"bidirectional": False}, {"decay": "position"}, {"alpha": (1, 1 / 3)}, {"dilation": 2}, GAP],
     ids=str,
 )
 def test_scripted_layer_equals_eager_at_any_size(options: dict[str, object]) -> None:
@@ -528,7 +529,9 @@ def test_scripted_layer_equals_eager_at_any_size(options: dict[str, object]) -> 
 
 @scripting
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("options", [{}, {"bidirectional": False}, {"decay": "position"}, {"dilation": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": False}, {"decay": "position"}, {"dilation": 2}, GAP], ids=str
+)
 def test_traced_layer_equals_eager(options: dict[str, object]) -> None:
     """Tracing makes tensors of sizes, which `+=` and `*=` change in place."""
     layer, x = SGConv2d(3, (16, 16), **options), torch.randn(2, 3, 16, 16)
@@ -536,10 +539,11 @@ def test_traced_layer_equals_eager(options: dict[str, object]) -> None:
     assert relative_error(traced(x), layer(x)) <= 2e-6
 
 
+@pytest.mark.parametrize("options", [{}, GAP], ids=str)
 @pytest.mark.parametrize("size", [(4, 6), (5, 3)], ids=str)
-def test_layer_compiles_without_a_graph_break(size: tuple[int, int]) -> None:
+def test_layer_compiles_without_a_graph_break(size: tuple[int, int], options: dict[str, Any]) -> None:
     torch.compiler.reset()
-    layer, x = SGConv2d(3, (4, 6)), torch.randn(2, 3, *size)
+    layer, x = SGConv2d(3, (4, 6), **options), torch.randn(2, 3, *size)
     (want,) = torch.autograd.grad(layer(x).square().sum(), layer.weight)
     y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     (got,) = torch.autograd.grad(y.square().sum(), layer.weight)

@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import BACKENDS_HERE, mixers, refused, relative_error, small_model
+from helpers import BACKENDS_HERE, GAP, mixers, refused, relative_error, small_model
 from timm.models import create_feature_extractor, group_parameters
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from sgconvnext import SGConv, SGConvNeXt
 from sgconvnext.longconv import BACKENDS
 from sgconvnext.models.block import SGConvNeXtBlock
+from sgconvnext.models.convnext import convert_state
 from sgconvnext.models.kernel import multiscale_kernel
 from sgconvnext.models.sgconvnext import SIZES
 
@@ -309,8 +310,9 @@ def test_norm_survives_distributed_training() -> None:
     assert torch.equal(parallel.eval()(x), model(x))
 
 
-def test_init_weights_completes_a_model_from_the_meta_device() -> None:
-    model = small_model(device="meta", ls_init_value=0.25)
+@pytest.mark.parametrize("options", [{}, GAP], ids=str)
+def test_init_weights_completes_a_model_from_the_meta_device(options: dict[str, Any]) -> None:
+    model = small_model(device="meta", ls_init_value=0.25, **options)
     assert all(value.is_meta for value in model.state_dict().values())
     model.to_empty(device="cpu")
     for value in model.state_dict().values():
@@ -326,8 +328,9 @@ def test_init_weights_completes_a_model_from_the_meta_device() -> None:
 
 @pytest.mark.filterwarnings("ignore:DTensor random operators")
 @pytest.mark.usefixtures("_process_group")
-def test_init_weights_completes_a_model_that_is_sharded_on_the_meta_device() -> None:
-    model = small_model(device="meta")
+@pytest.mark.parametrize("options", [{}, GAP], ids=str)
+def test_init_weights_completes_a_model_that_is_sharded_on_the_meta_device(options: dict[str, Any]) -> None:
+    model = small_model(device="meta", **options)
     mesh = init_device_mesh("cpu", (1,))
     for stage in model.stages:
         for block in stage.blocks:
@@ -423,6 +426,21 @@ def test_set_input_size_makes_the_shapes_of_a_model_built_for_it() -> None:
     assert relative_error(model(x), before) > 1e-3
     with refused("16x64", "32x32"):
         model.set_input_size((16, 64))
+
+
+def test_model_that_is_a_convnext_stays_one_when_it_is_rebuilt() -> None:
+    shape = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "num_classes": 10, "ls_init_value": 0.5}
+    convnext = timm.create_model("convnext_atto", **shape).eval()
+    model = small_model(**shape, **GAP, img_size=128)
+    model.load_state_dict(convert_state(convnext.state_dict(), model, "convnext_atto"))
+    for size in [(128, 160), (160, 128), (64, 96)]:  # the last one leaves out what its maps have no pixels for
+        model.set_input_size(size)
+        built = small_model(**shape, **GAP, img_size=size)
+        assert [v.shape for v in model.state_dict().values()] == [v.shape for v in built.state_dict().values()]
+        assert [layer.input_size for layer in mixers(model)] == [layer.input_size for layer in mixers(built)]
+        with torch.no_grad():
+            for x in (images(size), images((32, 64))):
+                assert relative_error(model(x), convnext(x)) <= 1e-5
 
 
 @pytest.mark.parametrize("size", [(31, 64), (64, 31), (8, 8)], ids=str)
@@ -559,11 +577,12 @@ def test_pruning_can_keep_the_head() -> None:
     assert torch.equal(model(x), want)
 
 
-def test_gradient_checkpointing_changes_neither_outputs_nor_gradients() -> None:
+@pytest.mark.parametrize("options", [{}, GAP], ids=str)
+def test_gradient_checkpointing_changes_neither_outputs_nor_gradients(options: dict[str, Any]) -> None:
     x = images()
     results = []
     for enable in (False, True):
-        model = same_weights(depths=(2, 1, 1, 1)).train()
+        model = same_weights(depths=(2, 1, 1, 1), **options).train()
         model.set_grad_checkpointing(enable)
         calls: list[nn.Module] = []
         for layer in mixers(model):
@@ -586,7 +605,7 @@ def test_fx_extracts_features() -> None:
 
 @scripting
 @pytest.mark.parametrize(
-    "options", [{}, {"output_stride": 16}, {"bidirectional": False, "ls_init_value": None}], ids=str
+    "options", [{}, {"output_stride": 16}, {"bidirectional": False, "ls_init_value": None}, GAP], ids=str
 )
 def test_scripted_model_equals_eager(options: dict[str, Any]) -> None:
     model = small_model(**options)
@@ -598,17 +617,19 @@ def test_scripted_model_equals_eager(options: dict[str, Any]) -> None:
         scripted(images((16, 64)))
 
 
-def test_model_compiles_without_a_graph_break() -> None:
+@pytest.mark.parametrize("options", [{}, GAP], ids=str)
+def test_model_compiles_without_a_graph_break(options: dict[str, Any]) -> None:
     torch.compiler.reset()
-    model, x = small_model(), images()
+    model, x = small_model(**options), images()
     y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
     assert relative_error(y, model(x)) <= 1e-5
     y.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_model_exports() -> None:
-    model, x = small_model(), images()
+@pytest.mark.parametrize("options", [{}, GAP], ids=str)
+def test_model_exports(options: dict[str, Any]) -> None:
+    model, x = small_model(**options), images()
     exported = torch.export.export(model, (x,)).module()
     assert relative_error(exported(x), model(x)) <= 1e-5
 

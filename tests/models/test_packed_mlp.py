@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import GAP, relative_error
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 SHAPE = (2, 16, 6, 7)
 
 
-def fixed_block(ls_init_value: float | None = 0.5) -> SGConvNeXtBlock:
+def fixed_block(ls_init_value: float | None = 0.5, **options: Any) -> SGConvNeXtBlock:
     """A reparameterized block with random biases."""
-    block = SGConvNeXtBlock(16, SHAPE[2:], ls_init_value=ls_init_value)
+    block = SGConvNeXtBlock(16, SHAPE[2:], ls_init_value=ls_init_value, **options)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.5)
     block.sgconv.reparameterize()
@@ -55,6 +55,15 @@ def test_packed_mlp_is_the_mlp(images: int, ls_init_value: float | None, layout:
     y = branch(block, x)
     assert block in _KEPT
     assert relative_error(y, exact(block, x)) <= 2e-6
+
+
+@pytest.mark.parametrize("images", [2, 0])
+def test_packed_mlp_follows_a_mixer_with_a_gap_and_a_bias(images: int) -> None:
+    block, x = fixed_block(**GAP), torch.randn(images, *SHAPE[1:])
+    y = branch(block, x)
+    assert (block in _KEPT) == (images > 0)
+    assert y.shape == x.shape
+    assert images == 0 or relative_error(y, exact(block, x)) <= 2e-6
 
 
 def test_no_image_is_no_output() -> None:

@@ -7,27 +7,25 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import SMALL, mixers, refused, relative_error
+from helpers import GAP, SMALL, mixers, refused, relative_error
 from timm.models import save_for_hf
 
 BUILT = {key: value for key, value in SMALL.items() if key != "img_size"} | {"ls_init_value": 0.5}
 
 
-def built(size: Any, **kwargs: Any) -> Any:
+def built(size: Any, name: str = "sgconvnext_atto", **kwargs: Any) -> Any:
     """Weights as after training: none at its initial value, so that the norm is no longer the kernels' own."""
     torch.manual_seed(1)
-    model = timm.create_model("sgconvnext_atto", img_size=size, **(BUILT | kwargs)).eval()
+    model = timm.create_model(name, img_size=size, **(BUILT | kwargs)).eval()
     for name, parameter in model.named_parameters():
         if not name.endswith("gamma"):  # 0.5: at its initial 1e-6 nobody sees what a block computes
             torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
-def from_file(path: Path, overlay: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+def from_file(path: Path, overlay: dict[str, Any] | None = None, name: str = "sgconvnext_atto", **kwargs: Any) -> Any:
     cfg = {"file": str(path), "num_classes": 10} | (overlay or {})
-    return timm.create_model(
-        "sgconvnext_atto", pretrained=True, pretrained_cfg_overlay=cfg, **({**BUILT} | kwargs)
-    ).eval()
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=cfg, **({**BUILT} | kwargs)).eval()
 
 
 def assert_same(got: Any, want: Any, size: tuple[int, int] = (96, 64)) -> None:
@@ -49,7 +47,7 @@ def saved(model: Any, tmp_path: Path) -> str:
     return f"local-dir:{tmp_path / 'folder'}"
 
 
-KINDS = [{}, {"bidirectional": False}, {"alpha": (1.0, 0.25)}, {"decay": "position"}, {"num_scales": 3}]
+KINDS = [{}, {"bidirectional": False}, {"alpha": (1.0, 0.25)}, {"decay": "position"}, {"num_scales": 3}, GAP]
 
 
 @pytest.mark.parametrize("kwargs", KINDS, ids=str)
@@ -88,6 +86,42 @@ def test_size_that_the_taps_tell_is_found(tmp_path: Path) -> None:
     got = from_file(kept(want, tmp_path), img_size=64)
     want.set_input_size(64)
     assert_same(got, want)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sizes"),
+    [(224, 64, 1), ((64, 96), 64, 10), (128, (64, 96), 1), (160, 96, 2), ((96, 64), 64, 3)],
+    ids=str,
+)
+def test_built_size_of_a_model_with_gaps_is_found_or_asked_for(
+    before: Any, after: Any, sizes: int, tmp_path: Path
+) -> None:
+    """Where a map is small, its width alone gives the taps; sizes of another height then are no others to them."""
+    want, told = built(before, "sgconvnext_atto_gap3"), {}
+    path = kept(want, tmp_path)
+    if sizes > 1:
+        example = {160: "160, 160", (64, 96): "96, 96"}.get(before, "H, W")
+        with refused("sgconvnext_atto_gap3: the pretrained file", f"{sizes} sizes go with their", f"(3, {example})"):
+            from_file(path, name="sgconvnext_atto_gap3", img_size=after)
+        told = {"input_size": (3, *(before if isinstance(before, tuple) else (before, before)))}
+    got = from_file(path, told, "sgconvnext_atto_gap3", img_size=after)
+    want.set_input_size(after)
+    assert_same(got, want)
+
+
+def test_folder_of_a_model_with_gaps_tells_its_size(tmp_path: Path) -> None:
+    want = built((64, 96), "sgconvnext_atto_gap3")
+    want.set_input_size((96, 80))
+    got = timm.create_model(saved(want, tmp_path), pretrained=True, img_size=128).eval()
+    want.set_input_size(128)
+    assert_same(got, want)
+
+
+def test_gaps_and_none_are_told_apart(tmp_path: Path) -> None:
+    with refused("with a bias in its mixers", "_gap3", "bias=True"):
+        from_file(kept(built(64, "sgconvnext_atto_gap3"), tmp_path), img_size=64)
+    with refused("without a bias in its mixers", "bias=False"):
+        from_file(kept(built(64), tmp_path), name="sgconvnext_atto_gap3", img_size=64)
 
 
 def test_sizes_with_equally_many_tokens_are_one() -> None:
@@ -202,9 +236,7 @@ def test_reparameterized_weights_are_told(tmp_path: Path) -> None:
 def test_load_state_dict_and_checkpoint_path_tell_the_sizes_apart(tmp_path: Path) -> None:
     """timm applies no filter here."""
     path = kept(built(64), tmp_path)
-    told = (
-        r"stages\.0\.blocks\.0\.sgconv: the state dict has 16 taps a scale, the layer 36: it is of another input size"
-    )
+    told = r"stages\.0\.blocks\.0\.sgconv: the state dict has 5 scales of 16 taps, the layer 5 of 36: it is of another"
     with pytest.raises(RuntimeError, match=told):
         timm.create_model("sgconvnext_atto", img_size=96, checkpoint_path=path, **BUILT)
     with pytest.raises(RuntimeError, match=told):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import refused, relative_error, small_model
+from helpers import GAP, refused, relative_error, small_model
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
@@ -94,7 +94,9 @@ def test_taps_of_a_signal_are_those_that_it_reaches(bidirectional: bool, length:
 
 
 @pytest.mark.parametrize("backend", ["auto", "fft", "toeplitz", "dft", "reference"])
-@pytest.mark.parametrize("options", [{}, {"bidirectional": False}, {"dilation": 2}, {"decay": "position"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": False}, {"dilation": 2}, {"decay": "position"}, {"row_gap": 3}], ids=str
+)
 def test_reparameterized_layer_gives_the_same_at_every_size(options: dict[str, Any], backend: str) -> None:
     module = SGConv2d(6, 8, backend=backend, **options).eval()
     inputs = [images(2, 6, *size) for size in [(8, 8), (16, 16), (5, 9)]]
@@ -108,12 +110,13 @@ def test_reparameterized_layer_gives_the_same_at_every_size(options: dict[str, A
         assert relative_error(rebuilt(module, x), y) <= 1e-6
 
 
-def test_timm_finds_every_layer_and_the_model_gives_the_same() -> None:
-    model, x = small_model(), images(2, 3, 64, 64)
+@pytest.mark.parametrize("options", [{}, GAP], ids=str)
+def test_timm_finds_every_layer_and_the_model_gives_the_same(options: dict[str, Any]) -> None:
+    model, x = small_model(**options), images(2, 3, 64, 64)
     fixed_model = reparameterize_model(model)
     assert relative_error(inferred(fixed_model, x), inferred(model, x)) <= 1e-6
     assert sum(p.numel() for p in fixed_model.parameters()) == sum(
-        p.numel() for name, p in model.named_parameters() if "sgconv" not in name
+        p.numel() for name, p in model.named_parameters() if "sgconv" not in name or name.endswith("sgconv.bias")
     )
     assert "reparameterized" in str(fixed_model.stages[0].blocks[0].sgconv)
     gradient = torch.autograd.grad(fixed_model(x.requires_grad_()).sum(), x)[0]  # as for a receptive field
@@ -159,26 +162,28 @@ def test_reparameterized_layer_refuses_what_needs_parameters() -> None:
     assert not any(module.training for module in model.modules())
 
 
-def test_state_dict_says_what_is_reparameterized(tmp_path: Path) -> None:
-    model, x = small_model(), images(2, 3, 64, 64)
+@pytest.mark.parametrize("options", [{}, GAP], ids=str)
+def test_state_dict_says_what_is_reparameterized(options: dict[str, Any], tmp_path: Path) -> None:
+    model, x = small_model(**options), images(2, 3, 64, 64)
     fixed_model = reparameterize_model(model)
     torch.save(fixed_model.state_dict(), tmp_path / "fixed_model.pth")
     state = torch.load(tmp_path / "fixed_model.pth", weights_only=True)
-    again = reparameterize_model(small_model())
+    again = reparameterize_model(small_model(**options))
     again.load_state_dict(state)
     assert relative_error(inferred(again, x), inferred(model, x)) <= 1e-6
     message = r"stages.0.blocks.0.sgconv: the state dict is reparameterized, .*reparameterize_model\(model"
     with pytest.raises(RuntimeError, match=message):
-        small_model().load_state_dict(state)
+        small_model(**options).load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"the layer is reparameterized, .*load it into a new model"):
         again.load_state_dict(model.state_dict())
     with pytest.raises(RuntimeError, match="size mismatch"):
-        again.load_state_dict(reparameterize_model(small_model(img_size=96)).state_dict())
+        again.load_state_dict(reparameterize_model(small_model(img_size=96, **options)).state_dict())
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 exports no transform of an open batch")
-def test_model_can_be_exported_with_any_batch() -> None:
-    model = small_model().eval()
+@pytest.mark.parametrize("options", [{}, GAP], ids=str)
+def test_model_can_be_exported_with_any_batch(options: dict[str, Any]) -> None:
+    model = small_model(**options).eval()
     for each in (model, reparameterize_model(model)):
         with torch.no_grad():
             batch = {"x": {0: torch.export.Dim("batch")}}
@@ -228,9 +233,12 @@ def test_registered_model_is_reparameterized_by_name() -> None:
     assert sum(isinstance(module, SGConv2d) and module.taps is not None for module in model.modules()) == 12
 
 
-def test_layers_that_infer_can_be_mapped_over_their_parameters() -> None:
+@pytest.mark.parametrize("options", [{}, GAP], ids=str)
+def test_layers_that_infer_can_be_mapped_over_their_parameters(options: dict[str, Any]) -> None:
     """As an ensemble; what was mapped must not be kept."""
-    layers, x = [SGConv2d(6, 8).eval() for _ in range(3)], images(2, 6, 8, 8)
+    layers, x = [SGConv2d(6, 8, **options).eval() for _ in range(3)], images(2, 6, 8, 8)
+    for module in layers:
+        nn.init.normal_(module.skip if module.bias is None else module.bias)
     base = copy.deepcopy(layers[0])
     stacked = torch.func.stack_module_state(layers)
 
@@ -244,8 +252,9 @@ def test_layers_that_infer_can_be_mapped_over_their_parameters() -> None:
         assert relative_error(inferred(base, x), want[0]) <= 1e-6
 
 
-def test_transforms_differentiate_a_layer() -> None:
-    layer, x = SGConv2d(6, 8), images(2, 6, 8, 8)
+@pytest.mark.parametrize("options", [{}, GAP], ids=str)
+def test_transforms_differentiate_a_layer(options: dict[str, Any]) -> None:
+    layer, x = SGConv2d(6, 8, **options), images(2, 6, 8, 8)
     parameters = dict(layer.named_parameters())
 
     def loss(parameters: Any) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from helpers import BACKENDS_HERE, mixers, refused, relative_error, small_model
+from helpers import BACKENDS_HERE, GAP, mixers, refused, relative_error, small_model
 from timm.utils import reparameterize_model
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -94,6 +94,7 @@ def test_every_opset_of_the_legacy_exporter_has_the_convolution(
         ({}, (96, 64)),
         ({"bidirectional": False}, (64, 96)),
         ({"decay": "position"}, (64, 64)),
+        (GAP, (96, 64)),
         *(
             pytest.param(*case, marks=pytest.mark.end_to_end)
             for case in [
@@ -201,9 +202,9 @@ def test_scripted_network_can_be_switched_and_optimised(reparameterized: bool) -
 
 
 @each_form
-@each_backend
-def test_make_fx_records_no_write_and_the_right_operators(backend: str, reparameterized: bool) -> None:
-    model, x = network(reparameterized, backend=backend), images()
+@pytest.mark.parametrize("options", [*({"backend": name} for name in ["auto", *BACKENDS_HERE]), GAP], ids=str)
+def test_make_fx_records_no_write_and_the_right_operators(options: dict[str, Any], reparameterized: bool) -> None:
+    model, x = network(reparameterized, **options), images()
     with torch.no_grad():
         graph = make_fx(model)(x)
     assert not [node for node in graph.graph.nodes if "copy_" in str(node.target)]
@@ -213,9 +214,10 @@ def test_make_fx_records_no_write_and_the_right_operators(backend: str, reparame
         assert relative_error(graph(x), model(x)) <= 1e-6
 
 
+@pytest.mark.parametrize("options", [{}, GAP], ids=str)
 @each_form
-def test_symbolic_trace_runs_at_every_size(reparameterized: bool) -> None:
-    model = network(reparameterized)
+def test_symbolic_trace_runs_at_every_size(reparameterized: bool, options: dict[str, Any]) -> None:
+    model = network(reparameterized, **options)
     traced = fx.symbolic_trace(model)
     assert len([node for node in traced.graph.nodes if str(node.target).endswith("sgconv")]) == len(mixers(model))
     for x in (images(), images(3, (96, 64))):

@@ -156,7 +156,7 @@ def test_another_architecture_is_refused_with_the_keys_that_differ() -> None:
 
 
 def test_kernels_of_another_image_size_are_refused() -> None:
-    with refused("kernels for another image size", "36 taps a scale, the model 16", "model.img_size"):
+    with refused("kernels for another image size", "5 scales of 36 taps, the model 5 of 16", "model.img_size"):
         checkpoint.load_weights(small_model(), small_model(img_size=96).state_dict(), "a.pth")
 
 
