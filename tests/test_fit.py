@@ -45,7 +45,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "size": (lambda: small_model(img_size=96), "for another image size (stages.0.blocks.0.sgconv.weight has 36 taps"),
     "depths": (lambda: small_model(depths=(1, 1, 3, 1)), "another size: it has depths [1, 1, 3, 1] and dims [8, 16,"),
     "dims": (lambda: small_model(dims=(8, 16, 24, 40)), "and dims [8, 16, 24, 40], the model depths [1, 1, 1, 1]"),
-    "convnext": (convnext, "is of a ConvNeXt: its 7x7 convolutions cannot become global ones; name a convnext model"),
+    "convnext": (convnext, "is of a ConvNeXt, whose 7x7 kernels this model does not hold; name sgconvnext_NAME_gap3"),
     "resnet": (lambda: timm.create_model("resnet10t", num_classes=10), "another architecture; keys"),
     "classes": (
         lambda: small_model(num_classes=7),

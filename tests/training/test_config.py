@@ -156,6 +156,7 @@ def another(name: str) -> Any:
         "data.interpolation": "nearest",
         "augment.remode": "rand",
         "augment.mixup_mode": "elem",
+        "optim.lr_scale": "*.sgconv.weight=10, head.*=0.5",
         "run.device": "cpu",
         "run.precision": "bf16",
     }
