@@ -180,6 +180,8 @@ def run_config(state: dict[str, Any], path: str, overrides: Sequence[str] = ()) 
     if before and before.is_convnext_of(config.model.name):
         before.refuse_other_convnext(config.model.kwargs, path)
         config.model.kwargs.pop("conv_mlp", None)  # overrides cannot take it away, and linear layers compute the same
+        if to_2tuple(config.model.img_size) == to_2tuple(before.img_size):  # which a ConvNeXt is not built for
+            config.model.img_size = config.data.img_size
     return config
 
 
