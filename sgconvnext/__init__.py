@@ -1,8 +1,9 @@
 """SGConvNeXt: ConvNeXt with global convolution. ``import sgconvnext`` registers its models with timm."""
 
 from .longconv import flop_counter as flop_counter  # torch counts what we run
+from .models.conversion import from_convnext
 from .models.layer import SGConv, SGConv2d
 from .models.sgconvnext import SGConvNeXt
 
 __version__ = "0.1.0"
-__all__ = ["SGConv", "SGConv2d", "SGConvNeXt", "__version__"]
+__all__ = ["SGConv", "SGConv2d", "SGConvNeXt", "__version__", "from_convnext"]

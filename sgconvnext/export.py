@@ -93,9 +93,7 @@ def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
     Raises:
         ValueError: no checkpoint, one without configuration or EMA, or a folder that is taken or not writable.
     """
-    for name in (WEIGHTS, CONFIG, CARD):
-        if (Path(folder) / name).exists():
-            raise ValueError(f"folder {folder!r} already holds {name}; name another, or remove it")
+    refuse_taken(folder)
     state = checkpoint.load(path)
     model, config = build.trained_model(state, ema, path)
     metadata = {
@@ -107,7 +105,8 @@ def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
     }
     try:
         card = model_card(state, config, model, ema)
-        write_folder(Path(folder), model, metadata, config, state.get("class_to_idx"), card)
+        described = model_config(state.get("class_to_idx"), model.num_classes)
+        write_folder(folder, model, metadata, card, described, data_config(config))
     except OSError as error:
         raise ValueError(f"folder {folder!r} cannot be written ({error.strerror}); name another") from error
     return (
@@ -116,15 +115,31 @@ def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
     )
 
 
+def refuse_taken(path: str) -> None:
+    """Refuse a folder that holds one of the files already."""
+    for name in (WEIGHTS, CONFIG, CARD):
+        if (Path(path) / name).exists():
+            raise ValueError(f"folder {path!r} already holds {name}; name another, or remove it")
+
+
 def write_folder(
-    folder: Path,
+    path: str,
     model: nn.Module,
     metadata: dict[str, str],
-    config: Config,
-    class_to_idx: dict[str, int] | None,
     card: str,
+    described: dict[str, Any] | None = None,
+    preprocessing: dict[str, Any] | None = None,
 ) -> None:
-    """Write all files in a folder beside their place, then move them there, the weights last."""
+    """Write all files in a folder beside their place, then move them there, the weights last.
+
+    Args:
+        path: of the folder; it is made if it is not there.
+        model: with the weights.
+        metadata: of the safetensors file.
+        card: Markdown.
+        described, preprocessing: what timm writes into config.json in place of the model's own configuration.
+    """
+    folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".export", dir=folder) as name:
         beside = Path(name)
@@ -134,13 +149,13 @@ def write_folder(
         save_config_for_hf(
             model,
             str(beside / CONFIG),
-            model_config=model_config(class_to_idx, model.num_classes),
-            data_config=data_config(config),
+            model_config=described,
+            data_config=preprocessing,
         )
-        described = json.loads((beside / CONFIG).read_text())
+        written = json.loads((beside / CONFIG).read_text())
         # transformers passes it to timm beside these arguments, so it would be given twice; timm reads it elsewhere
-        del described["model_args"]["num_classes"]
-        (beside / CONFIG).write_text(json.dumps(described, indent=2))
+        written.get("model_args", {}).pop("num_classes", None)
+        (beside / CONFIG).write_text(json.dumps(written, indent=2))
         (beside / CARD).write_text(card)
         for file in (CARD, CONFIG, WEIGHTS):
             (beside / file).replace(folder / file)
@@ -180,7 +195,6 @@ def model_card(state: dict[str, Any], config: Config, model: nn.Module, ema: boo
     source: Any = model.pretrained_cfg
     arch = source["architecture"]
     ours = arch.partition("_")[0] == "sgconvnext"
-    imports = "import sgconvnext, timm  # sgconvnext registers the model" if ours else "import timm"
     card: dict[str, Any] = {
         "tags": ["image-classification", "timm", "transformers"],
         "library_name": "timm",
@@ -195,11 +209,15 @@ def model_card(state: dict[str, Any], config: Config, model: nn.Module, ema: boo
             "Recipe": f"global batch {config.optim.global_batch}, peak learning rate {config.optim.lr:g}, "
             f"weight decay {config.optim.weight_decay:g}, {config.run.precision}, seed {config.seed}",
         },
-        "usage": USAGE.format(
-            imports=imports, wrapped="import sgconvnext, transformers" if ours else "import transformers"
-        ),
+        "usage": usage(ours),
     }
     return generate_readme(card | ({"citation": SGCONV} if ours else {}), arch)
+
+
+def usage(ours: bool) -> str:
+    """How to load a folder, with timm and with transformers."""
+    imports = "import sgconvnext, timm  # sgconvnext registers the model" if ours else "import timm"
+    return USAGE.format(imports=imports, wrapped="import sgconvnext, transformers" if ours else "import transformers")
 
 
 def _data(state: dict[str, Any], config: Config) -> str:

@@ -8,7 +8,7 @@ No offset then wraps into another row, so both give the same sums. Everything el
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,14 +47,13 @@ def convert_state(state: Mapping[str, Any], model: "SGConvNeXt", place: str) -> 
     """
     state = in_timms_names(state, model, place)
     shapes = [{key: value.shape for key, value in each.items()} for each in (model.state_dict(), state)]
-    if told := _refusal(state) or fit.other_size(model, *shapes):
+    if told := refusal(state) or fit.other_size(model, *shapes):
         raise ValueError(f"{place} {told}")
     converted = {}
     for key, value in state.items():
         path, _, name = key.rpartition(".conv_dw.")
         if not path:
-            flat = value.ndim == 4 and ".mlp." in key and value.shape[2:] == (1, 1)  # of a model with conv_mlp
-            converted[key] = value[:, :, 0, 0] if flat else value
+            converted[key] = flat(key, value)
         elif name == "bias":
             converted[f"{path}.sgconv.bias"] = value
     blocks = {path: layer for path, layer in model.named_modules() if isinstance(layer, SGConv2d)}
@@ -74,7 +73,7 @@ def in_timms_names(state: Mapping[str, Any], model: Any, place: str) -> dict[str
     return named
 
 
-def _refusal(state: Mapping[str, Any]) -> str:
+def refusal(state: Mapping[str, Any]) -> str:
     """Why a ConvNeXt of another structure has no SGConvNeXt of the same outputs."""
     stem: Any = state.get("stem.0.weight")
     for found, what in (
@@ -88,6 +87,11 @@ def _refusal(state: Mapping[str, Any]) -> str:
     return ""
 
 
+def flat(key: str, value: Tensor) -> Tensor:
+    """The weight of a linear layer, where it is of the 1x1 convolution that a model with conv_mlp has."""
+    return value[:, :, 0, 0] if ".mlp." in key and value.ndim == 4 else value
+
+
 def mixer_state(weight: Tensor, layer: SGConv2d, place: str = "conv_dw") -> dict[str, Tensor]:
     """Parameters and norm of the layer that convolves as a depthwise convolution of that weight (C, 1, k, k) does.
 
@@ -98,11 +102,9 @@ def mixer_state(weight: Tensor, layer: SGConv2d, place: str = "conv_dw") -> dict
     """
     reach = _reach(weight, layer, place)
     height, width = layer.input_size
-    row, length = width + layer.row_gap, layer.length
-    taps = weight.new_zeros(layer.channels, 2 * length - 1)
-    for dy in range(-min(reach, height - 1), min(reach, height - 1) + 1):
-        for dx in range(-min(reach, width - 1), min(reach, width - 1) + 1):
-            taps[:, length - 1 - dy * row - dx] = weight[:, 0, dy + reach, dx + reach]
+    taps = weight.new_zeros(layer.channels, 2 * layer.length - 1)
+    for (dy, dx), index in _offsets(layer, reach):
+        taps[:, index] = weight[:, 0, dy + reach, dx + reach]
     kernel = kernel_of_lags(taps, bidirectional=True)
     _, num_scales, _, scale_dim = layer.weight.shape
     if kernel[..., 2 * scale_dim :].any():
@@ -136,19 +138,29 @@ def _reach(weight: Tensor, layer: SGConv2d, place: str) -> int:
     return size[0] // 2
 
 
-def dropped_offsets(layers: Collection[SGConv2d], reach: int = 3) -> list[tuple[int, int]]:
-    """The maps on which no two pixels are so many rows or columns apart: other offsets are not in their kernels."""
-    return sorted({layer.input_size for layer in layers if min(layer.input_size) <= reach}, reverse=True)
+def convolution_weight(layer: SGConv2d, size: int = 7) -> tuple[Tensor, float]:
+    """The weight (C, 1, k, k) of the depthwise convolution that a layer's taps are, and what is not in it.
+
+    Returns:
+        the weight, and the largest share of a channel's energy (sum of its squared taps) at other offsets.
+
+    Raises:
+        ValueError: as of `mixer_state`.
+    """
+    taps = layer.built_taps().detach()
+    weight = taps.new_zeros(layer.channels, 1, size, size)
+    reach = _reach(weight, layer, "a convolution of that size")
+    for (dy, dx), index in _offsets(layer, reach):
+        weight[:, 0, dy + reach, dx + reach] = taps[:, index]
+    energy, kept = taps.double().square().sum(1), weight.double().square().sum((1, 2, 3))
+    lost = torch.where(energy > 0, (energy - kept) / energy, 0.0)
+    return weight, float(lost.max())
 
 
-def structure(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of timm's ConvNeXt, and of ours, that a state dict in timm's names shows."""
-    depths, dims = fit.stages({key: value.shape for key, value in state.items()})
-    shown: dict[str, Any] = {"depths": tuple(depths), "dims": tuple(dims)}
-    for name, key, side in (
-        ("in_chans", "stem.0.weight", 1),
-        ("num_classes", "head.fc.weight", 0),
-        ("head_hidden_size", "head.pre_logits.fc.weight", 0),
-    ):
-        shown[name] = int(state[key].shape[side]) if key in state else 0
-    return shown
+def _offsets(layer: SGConv2d, reach: int) -> Iterator[tuple[tuple[int, int], int]]:
+    """Every offset (dy, dx) of up to ``reach`` that two pixels of the layer's map have, and the index of its tap."""
+    height, width = layer.input_size
+    row, length = width + layer.row_gap, layer.length
+    for dy in range(-min(reach, height - 1), min(reach, height - 1) + 1):
+        for dx in range(-min(reach, width - 1), min(reach, width - 1) + 1):
+            yield (dy, dx), length - 1 - dy * row - dx

@@ -80,13 +80,9 @@ def refusing_unreadable(name: str, source: Any) -> Iterator[None]:
         yield
     except (pickle.UnpicklingError, EOFError, OSError, SafetensorError) as error:
         place = source.file or source.hf_hub_id or source.url or source.source
-        cure = (
-            "name a file of weights"
-            if source.file
-            else "see to the network, or name a file with pretrained_cfg_overlay"
-        )
+        cure = "name a file of weights" if source.file else "or name a file with pretrained_cfg_overlay"
         raise ValueError(
-            f"{name}: pretrained weights {place!r} cannot be read: {one_line(error)[:300]}; {cure}"
+            f"{name}: pretrained weights {place!r} cannot be read: {one_line(error)[:300].rstrip('.')}; {cure}"
         ) from error
 
 

@@ -1,0 +1,138 @@
+"""Write a ConvNeXt as the SGConvNeXt with the same outputs, in timm's folder layout.
+
+    python -m sgconvnext.convert convnext_tiny.fb_in1k converted/tiny
+    python -m sgconvnext.convert runs/convnext/best.pth converted/mine
+    python -m sgconvnext.convert --to-convnext converted/mine converted/back
+
+    import sgconvnext, timm
+    model = timm.create_model("local-dir:converted/tiny", pretrained=True)
+
+SOURCE is timm's name of a ConvNeXt with weights (a tag, hf-hub:OWNER/NAME or local-dir:FOLDER), a checkpoint of
+train.py, or a file of weights. Both networks run on one random image before anything is written. The folder holds
+model.safetensors, config.json and README.md, which names the source, its licence and the error.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models._hub import generate_readme
+
+from . import console, export
+from .models import conversion
+from .training import build, checkpoint
+
+
+@console.interruptible()
+def main() -> None:
+    args = parse_args()
+    try:
+        told = convert(args.source, args.folder, args.img_size, args.use_ema, args.to_convnext)
+    except ValueError as error:
+        console.fail("sgconvnext.convert", error)
+    console.tell("sgconvnext.convert", told + "\n")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m sgconvnext.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="timm's name of a model with weights, or a file")
+    parser.add_argument("folder", metavar="FOLDER", type=console.path, help="to write; it must hold no weights yet")
+    parser.add_argument(
+        "--img-size", type=int, nargs="+", metavar="PX", help="pixels that the kernels are built for (the source's)"
+    )
+    parser.add_argument("--use-ema", action="store_true", help="of a checkpoint: the average of the weights")
+    parser.add_argument(
+        "--to-convnext", action="store_true", help="SOURCE is an SGConvNeXt with no energy outside of the 7x7"
+    )
+    return parser.parse_args()
+
+
+def convert(
+    source: str, folder: str, img_size: list[int] | None = None, ema: bool = False, to_convnext: bool = False
+) -> str:
+    """Write the converted network of a source.
+
+    Args:
+        source: timm's name of a model with weights, or a file.
+        folder: made if it is not there.
+        img_size: one or two numbers: pixels that the kernels are built for; None for the source's.
+        ema: of a checkpoint, the average of the weights.
+        to_convnext: from SGConvNeXt to ConvNeXt.
+
+    Returns:
+        the comparison of the two networks, and how to load what was written.
+
+    Raises:
+        ValueError: no such source, one that cannot be converted, or a folder that is taken or not writable.
+    """
+    export.refuse_taken(folder)
+    before, described, preprocessing = _read(source, ema)
+    if to_convnext:
+        after, error = conversion.to_convnext(before)
+    else:
+        sized = {"img_size": (*img_size, *img_size)[:2]} if img_size else {}
+        after, error = conversion.convert(conversion.convnext(before), **sized)
+    arguments = {key: value for key, value in after._model_args.items() if key != "num_classes"}
+    name = after.pretrained_cfg["architecture"]
+    metadata = {"format": "pt", "arch": name, "timm_model_args": json.dumps(arguments)}
+    card = _card(source, before, after, error)
+    try:
+        export.write_folder(folder, after, metadata, card, described, preprocessing)
+    except OSError as failed:
+        raise ValueError(f"folder {folder!r} cannot be written ({failed.strerror}); name another") from failed
+    return (
+        f"{conversion.name_of(before)}, {_parameters(before)} parameters -> {name}, {_parameters(after)}; their "
+        f"outputs on a random image differ by {error:.1e}; load it: import sgconvnext, timm; "
+        f"timm.create_model('local-dir:{folder}', pretrained=True)"
+    )
+
+
+def _read(source: str, ema: bool) -> tuple[Any, dict[str, Any] | None, dict[str, Any] | None]:
+    """The network of a source; of a checkpoint of train.py also what `export.write_folder` writes of its run."""
+    if ":" in source or timm.is_model(source):
+        return build.from_timm(source, {"pretrained": True}, "SOURCE "), None, None
+    if not Path(source).is_file():
+        raise ValueError(f"SOURCE {source!r} is neither a model of timm nor a file")
+    state = checkpoint.load(source)
+    if "args" not in state:
+        return conversion.convnext(checkpoint.weights(state, ema, source)), None, None
+    model, config = build.trained_model(state, ema, source)
+    described = export.model_config(state.get("class_to_idx"), model.num_classes)
+    return model, described, export.data_config(config)
+
+
+def _parameters(model: Any) -> str:
+    return f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+
+
+def _card(source: str, before: Any, after: Any, error: float) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads, by timm's own helper."""
+    name, licence = after.pretrained_cfg["architecture"], after.pretrained_cfg.get("license")
+    origin = Path(source).name if Path(source).exists() else source  # no more of a path: it is of one machine
+    ours = name.startswith("sgconvnext")
+    return generate_readme(
+        {
+            "tags": ["image-classification", "timm", "transformers"],
+            "library_name": "timm",
+            "license": licence or "unknown",
+            "description": f"`{name}` with the outputs of `{conversion.name_of(before)}`, by sgconvnext.convert.",
+            "details": {
+                "Source": f"{origin}, licence {licence or 'unknown'}",
+                "Parameters": f"{_parameters(after)} (source: {_parameters(before)})",
+                "Difference": f"{error:.1e}, relative, of features and outputs in float32 on a random image",
+            },
+            "usage": export.usage(ours),
+        }
+        | ({"citation": export.SGCONV} if ours else {}),
+        name,
+    )
+
+
+if __name__ == "__main__":
+    main()

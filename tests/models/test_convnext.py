@@ -1,0 +1,308 @@
+"""A converted ConvNeXt is the ConvNeXt: logits, features, gradients, at every size; timm's ConvNeXt is the oracle."""
+
+import re
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers import refused, relative_error
+from torch import Tensor, nn
+
+import sgconvnext
+from sgconvnext.models import conversion, convnext
+from sgconvnext.models.sgconvnext import FURTHER, SIZES
+
+BOUND = 1e-5  # float32, relative
+NARROW = {"depths": (1, 2, 2, 1), "dims": (16, 24, 32, 40)}
+
+
+def visible(model: Any, std: float = 0.05) -> Any:
+    """Random weights of a size at which every layer counts; timm's layer scale of 1e-6 would hide the blocks."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        mean, deviation = (0.0, std) if parameter.ndim > 1 else (1.0, 0.1)
+        nn.init.normal_(parameter, mean, deviation, generator)
+    return model.eval()
+
+
+def theirs(name: str = "convnext_atto", **kwargs: Any) -> Any:
+    return visible(timm.create_model(name, **(NARROW | kwargs)))
+
+
+def images(*size: int, batch: int = 1, channels: int = 3) -> Tensor:
+    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def assert_same(got: Any, want: Any, x: Tensor, bound: float = BOUND) -> None:
+    """Logits, and the feature maps of all four stages."""
+    assert relative_error(got(x), want(x)) <= bound
+    pairs = zip(*(model.forward_intermediates(x, intermediates_only=True) for model in (got, want)), strict=True)
+    for a, b in pairs:
+        assert relative_error(a, b) <= bound
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(size, marks=pytest.mark.end_to_end if size not in ("atto", "nano", "tiny") else [])
+        for size in SIZES
+    ],
+)
+def test_every_size_is_timms_convnext(size: str) -> None:
+    source = visible(timm.create_model(f"convnext_{size}"))
+    got = sgconvnext.from_convnext(source)
+    assert got.pretrained_cfg["architecture"] == f"sgconvnext_{size}_gap3"
+    assert_same(got, source, images(224, 224))
+
+
+@pytest.mark.parametrize(
+    "size", [(224, 224), (96, 160), (32, 32), (64, 32), (288, 288), (384, 224), (132, 228), (512, 384)], ids=str
+)
+def test_at_every_image_size(size: tuple[int, int]) -> None:
+    source = theirs("convnext_tiny", depths=(3, 3, 9, 3))
+    assert_same(sgconvnext.from_convnext(source), source, images(*size))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "output stride 8": {"output_stride": 8},
+    "output stride 16": {"output_stride": 16},
+    "grey": {"in_chans": 1},
+    "13 channels": {"in_chans": 13},
+    "1x1 convolutions": {"conv_mlp": True},
+    "linear layers": {"conv_mlp": False},
+    "no classifier, as DINOv3": {"num_classes": 0},
+    "22k classes": {"num_classes": 21841},
+    "CLIP's projection": {"num_classes": 640},
+    "CLIP's head": {"head_hidden_size": 48, "num_classes": 768},
+    "another eps, as xxlarge": {"norm_eps": 1e-3},
+    "maximum pooling": {"global_pool": "max"},
+    "small kernels": {"kernel_sizes": (7, 5, 5, 3)},
+}
+
+
+@pytest.mark.parametrize("kwargs", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("batch", [1, 5])
+def test_of_every_kind(kwargs: dict[str, Any], batch: int) -> None:
+    source = theirs(**kwargs)
+    got = sgconvnext.from_convnext(source)
+    assert_same(got, source, images(128, 96, batch=batch, channels=kwargs.get("in_chans", 3)))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float16, 0.01), (torch.float64, 1e-9)])
+def test_in_other_precisions(dtype: torch.dtype, bound: float) -> None:
+    source = theirs().to(dtype)
+    got = sgconvnext.from_convnext(source)
+    assert {parameter.dtype for parameter in got.parameters()} == {dtype}
+    assert_same(got, source, images(128, 96).to(dtype), bound)
+
+
+def test_training_drops_the_same_paths_and_has_the_same_gradients() -> None:
+    source = theirs(drop_path_rate=0.5, drop_rate=0.3)
+    got = sgconvnext.from_convnext(source)
+    outputs = []
+    for model in (source, got):
+        model.train()
+        torch.manual_seed(3)
+        outputs.append(model(images(96, 96, batch=4)))
+        outputs[-1].square().sum().backward()
+    assert relative_error(outputs[1], outputs[0]) <= BOUND
+    ours, shared = dict(got.named_parameters()), 0
+    for name, parameter in source.named_parameters():
+        if ".conv_dw." not in name:
+            assert relative_error(ours[name].grad.flatten(), parameter.grad.flatten()) <= 1e-4, name
+            shared += 1
+        elif name.endswith("bias"):
+            assert relative_error(ours[name.replace("conv_dw", "sgconv")].grad, parameter.grad) <= 1e-4, name
+    assert shared == len(list(source.parameters())) - 2 * sum(NARROW["depths"])
+
+
+def test_gradient_of_a_near_tap_is_that_of_the_7x7() -> None:
+    """At kernel_norm 1 a parameter of the first scale is a tap, so that both networks take the same step."""
+    source = theirs()
+    got = sgconvnext.from_convnext(source)
+    for model in (source, got):
+        model(images(224, 224)).square().sum().backward()
+    want = source.stages[0].blocks[0].conv_dw.weight.grad[:, 0]
+    grad = got.stages[0].blocks[0].sgconv.weight.grad
+    assert relative_error(grad[0, 0, :, 3], want[:, 3, 0]) <= 1e-4  # lag 3 is the third pixel to the left
+    assert relative_error(grad[1, 0, :, 58], want[:, 4, 3]) <= 1e-4  # lag -59 is the pixel below
+
+
+def test_a_narrower_gap_or_a_missing_bias_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = theirs()
+    got = sgconvnext.from_convnext(source)
+    for block in (block for stage in got.stages for block in stage.blocks):
+        nn.init.zeros_(block.sgconv.bias)
+    with pytest.raises(AssertionError):
+        assert_same(got, source, images(96, 96))
+    weights = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": source.state_dict()}}
+    for missing, cure in (
+        ({"row_gap": 2}, "row_gap=3"),
+        ({"row_gap": 0}, "row_gap=3"),
+        ({"bias": False}, "bias=True"),
+    ):
+        with refused("sgconvnext_atto_gap3: the pretrained file", cure):
+            timm.create_model("sgconvnext_atto_gap3", **NARROW, **weights, **missing)
+    monkeypatch.setattr(convnext, "_reach", lambda weight, *_: weight.shape[2] // 2)  # convert all the same
+    narrow = timm.create_model("sgconvnext_atto_gap3", **NARROW, **weights, row_gap=2, num_scales=3).eval()
+    with pytest.raises(AssertionError):
+        assert_same(narrow, source, images(96, 96))
+
+
+def test_conversion_checks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(key: str, value: Tensor) -> Tensor:
+        value = value.flatten(1) if ".mlp." in key and value.ndim == 4 else value
+        return 1.001 * value if key.endswith("fc1.weight") else value
+
+    monkeypatch.setattr(convnext, "flat", wrong)
+    with refused("convnext_atto.d2_in1k: the converted network's outputs differ by", "more than 0.0001"):
+        sgconvnext.from_convnext(theirs())
+
+
+def test_configuration_of_the_weights_goes_with_them() -> None:
+    source = visible(timm.create_model("convnext_nano.r384_in12k_ft_in1k", **NARROW))
+    source.pretrained_cfg["label_names"] = ("a", "b")
+    got = sgconvnext.from_convnext(source)
+    kept = ("tag", "input_size", "mean", "std", "crop_pct", "crop_mode", "num_classes", "label_names", "license")
+    assert {key: got.pretrained_cfg[key] for key in kept} == {key: source.pretrained_cfg[key] for key in kept}
+    assert got.pretrained_cfg["architecture"] == "sgconvnext_nano_gap3"
+    assert "state_dict" not in got.pretrained_cfg
+    assert got.stages[0].blocks[0].sgconv.input_size == (96, 96)  # 384 px
+    assert not got.training
+
+
+def test_arguments_are_those_of_timm() -> None:
+    source = theirs()
+    got = sgconvnext.from_convnext(source, num_classes=7, in_chans=1, img_size=(160, 128), backend="fft")
+    assert got(images(160, 128, channels=1)).shape == (1, 7)
+    assert got.stages[1].blocks[0].sgconv.backend == "fft"
+    assert torch.equal(got.stages[0].blocks[0].norm.weight, source.stages[0].blocks[0].norm.weight)
+    features = sgconvnext.from_convnext(source, features_only=True, out_indices=(1, 3))
+    for got_map, want in zip(
+        features(images(96, 64)),
+        source.forward_intermediates(images(96, 64), [1, 3], intermediates_only=True),
+        strict=True,
+    ):
+        assert relative_error(got_map, want) <= BOUND
+
+
+def of_the_authors(model: Any) -> dict[str, Tensor]:
+    """A state dict in the names of ConvNeXt's own code."""
+    state = {}
+    for key, value in model.state_dict().items():
+        key = re.sub(r"stages\.(\d)\.blocks\.(\d+)", r"stages.\1.\2", key)
+        key = re.sub(r"stages\.(\d)\.downsample", r"downsample_layers.\1", key).replace("stem", "downsample_layers.0")
+        key = key.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
+        state[key.replace("head.norm", "norm").replace("head.fc", "head")] = value
+    return state
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_classes": 0}, {"in_chans": 2, "num_classes": 5}], ids=str)
+def test_state_dict_tells_what_it_is_of(kwargs: dict[str, Any]) -> None:
+    source = theirs(conv_mlp=False, **kwargs)
+    x = images(96, 64, channels=kwargs.get("in_chans", 3))
+    for state in (source.state_dict(), of_the_authors(source), {"model": of_the_authors(source)}):
+        got = sgconvnext.from_convnext(state)
+        assert_same(got, source, x)
+        assert not got.pretrained_cfg.get("tag")  # nobody knows whose they are
+    got = sgconvnext.from_convnext(visible(timm.create_model("convnext_pico")).state_dict())
+    assert got.pretrained_cfg["architecture"] == "sgconvnext_pico_gap3"
+
+
+def test_clip_tower_is_found_in_its_checkpoint() -> None:
+    source = theirs(conv_mlp=False, num_classes=0)
+    state = {f"visual.trunk.{key}": value for key, value in source.state_dict().items()}
+    state["visual.head.proj.weight"] = torch.randn(12, NARROW["dims"][-1])
+    state["logit_scale"] = torch.ones(())
+    got = sgconvnext.from_convnext(state)
+    x = images(96, 64)
+    with torch.no_grad():
+        want = source(x) @ state["visual.head.proj.weight"].t()
+        assert relative_error(got(x), want) <= BOUND
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("convnextv2_atto", ["convnextv2_atto", "ConvNeXt-V2", "response norm"]),
+        ("convnext_atto_ols", ["convnext_atto_ols", "another stem"]),
+        ("convnext_atto_rms", ["convnext_atto_rms", "norms without a bias"]),
+        ("convnext_tiny_hnf", ["convnext_tiny_hnf", "last norm before the pooling"]),
+        ("test_convnext", ["another activation than GELU"]),
+        ("resnet18", ["resnet18", "is a ResNet", "not a ConvNeXt"]),
+        ("convnext_huge", ["'convnext_huge' is no timm model"]),
+        (7, ["a int is no ConvNeXt"]),
+        ({}, ["the state dict is not of a ConvNeXt"]),
+        ({"stages.0.blocks.0.conv_dw.weight": torch.zeros(8, 1, 7, 7)}, ["blocks [1, 0, 0, 0]"]),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_contain_is_refused(source: Any, words: list[str]) -> None:
+    with refused(*words):
+        sgconvnext.from_convnext(source)
+
+
+def test_kernels_for_small_images_lack_what_their_maps_lack(caplog: pytest.LogCaptureFixture) -> None:
+    source = theirs()
+    got = sgconvnext.from_convnext(source, img_size=64)
+    assert "is the ConvNeXt up to that size only" in caplog.text
+    assert_same(got, source, images(64, 64))
+    with pytest.raises(AssertionError):
+        assert_same(got, source, images(128, 128))
+    caplog.clear()
+    assert_same(sgconvnext.from_convnext(source, img_size=128), source, images(224, 96))
+    assert not caplog.text
+
+
+def test_it_stays_the_convnext_at_another_input_size() -> None:
+    source = theirs()
+    got = sgconvnext.from_convnext(source)
+    got.set_input_size((288, 192))
+    for size in ((288, 192), (96, 96), (320, 64)):
+        assert_same(got, source, images(*size))
+
+
+def test_reparameterized_it_is_the_same() -> None:
+    source = theirs()
+    got = timm.utils.reparameterize_model(sgconvnext.from_convnext(source))
+    for size in ((224, 224), (96, 160)):
+        assert_same(got, source, images(*size, batch=3))
+
+
+def test_back_to_convnext_with_the_same_weights() -> None:
+    source = theirs(num_classes=3)
+    back, error = conversion.to_convnext(sgconvnext.from_convnext(source))
+    assert error <= BOUND
+    want = source.state_dict()
+    assert back.state_dict().keys() == want.keys()
+    for key, value in back.state_dict().items():
+        assert torch.equal(value.flatten(), want[key].flatten()), key
+    assert back.pretrained_cfg["architecture"] == "convnext_atto"
+
+
+def test_way_back_is_refused_where_energy_would_be_lost() -> None:
+    model = sgconvnext.from_convnext(theirs())
+    layer = model.stages[1].blocks[0].sgconv
+    with torch.no_grad():
+        layer.weight[0, 2, 0, 0] = layer.weight.square().sum().sqrt()
+    _, lost = convnext.convolution_weight(layer)
+    assert 0 < lost < 1
+    with refused(f"up to {lost:.2%} of a kernel's energy", "keep the SGConvNeXt"):
+        conversion.to_convnext(model)
+    with refused("row_gap=0", "row_gap=3"):
+        conversion.to_convnext(timm.create_model("sgconvnext_atto", **NARROW))
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("size", FURTHER)
+def test_further_names_have_the_shape_of_timms(size: str) -> None:
+    """Without memory: xxlarge has 850 million parameters."""
+    source = timm.create_model(f"convnext_{size}", device="meta")
+    ours = timm.create_model(f"sgconvnext_{size}_gap3", device="meta")
+    want = {key: value.shape for key, value in source.state_dict().items() if ".conv_dw." not in key}
+    got = {key: value.shape for key, value in ours.state_dict().items() if ".sgconv." not in key}
+    assert got == want
+    eps = [{each.eps for each in model.modules() if isinstance(each, nn.LayerNorm)} for model in (ours, source)]
+    assert eps[0] == eps[1]
