@@ -50,7 +50,7 @@ def look_ahead(t: Training, train: Split, val: Split) -> None:
         + f"{updates} updates per epoch, {len(t.learning_rates)} in all; {config.run.precision}",
         f"learning rate: peak {config.optim.lr:.4g} after {config.optim.warmup_epochs * updates} updates of "
         f"warm-up, {t.learning_rates[-1]:.4g} at the end"
-        + (f"; by optim.lr_scale times {config.optim.lr_scale}" if config.optim.lr_scale else ""),
+        + (f"; optim.lr_scale multiplies it: {config.optim.lr_scale}" if config.optim.lr_scale else ""),
         *kernels(t.model, size),
         f"memory: {memory}",
         f"disk: {room}",

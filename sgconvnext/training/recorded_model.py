@@ -15,6 +15,7 @@ UNCOMPARED = {
     *("backend", "ls_init_value", "init_values", "head_init_scale", "weight_init", "fused_attn", "output_stride"),
     *("drop_rate", "drop_path_rate", "drop_block_rate", "img_size", "num_classes", "in_chans", "depths", "dims"),
     *("num_scales", "bidirectional", "depth", "embed_dim", "patch_size", "device", "dtype"),
+    *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
 }
 SHARED = {"norm_eps", "global_pool"}  # arguments of ConvNeXt and of SGConvNeXt, which no shape shows
 SAME_CONVNEXT = {"conv_mlp", "kernel_sizes"}  # a conversion takes any: 1x1 convolutions are linear layers

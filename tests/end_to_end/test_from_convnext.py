@@ -1,6 +1,7 @@
 """From a run of timm's ConvNeXt on real images to a run of the SGConvNeXt that it becomes, as a user goes there."""
 
 import json
+import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -63,11 +64,17 @@ def test_converted_network_has_the_numbers_of_the_convnext(
 
 
 def test_run_from_a_convnext_is_stopped_and_ends_as_if_it_were_not(
-    convnext: str, run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    convnext: str,
+    run_here: RunHere,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO)
     knobs = [OURS, f"model.checkpoint={convnext}", "optim.lr_scale=*.sgconv.weight=10"]
     knobs += ["optim.no_weight_decay=*.sgconv.weight", "optim.lr=1e-3", "resume=auto"]
     straight = digits(run_here, tmp_path / "straight", *knobs)
+    assert "at the end; optim.lr_scale multiplies it: *.sgconv.weight=10" in caplog.text
     original = engine.train_update
 
     def stopped(t: engine.Training, batches: Any, progress: engine.Progress, lr: float) -> Any:

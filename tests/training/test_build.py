@@ -237,6 +237,18 @@ def test_weights_of_a_convnext_alone_are_enough(kind: str, tmp_path: Path) -> No
         started(path, **{"model.name": "sgconvnext_atto"})
 
 
+def test_run_starts_from_a_run_that_took_its_weights_from_a_file(tmp_path: Path) -> None:
+    network = convnext(tmp_path)[1]
+    torch.save(network.state_dict(), tmp_path / "a.pth")
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "a.pth"), "num_classes": 3}}
+    knobs = {"model.name": OURS, "model.pretrained": True, "model.kwargs": MICRO | overlay}
+    assert difference(create(3, **knobs).eval(), network) <= 1e-5
+    (tmp_path / "first").mkdir()
+    path, first, _ = trained(tmp_path / "first", **knobs)
+    assert difference(started(path), first) == 0
+    assert difference(first, network) > 0.1
+
+
 def test_convnexts_classifier_is_kept_only_for_as_many_classes(tmp_path: Path) -> None:
     path, network, _ = convnext(tmp_path)
     with refused("best.pth", "of 3 classes, the model of 7; model.new_head=true"):
