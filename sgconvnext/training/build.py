@@ -24,6 +24,9 @@ from .recorded_model import recorded_model
 _logger = logging.getLogger(__name__)
 
 LOCAL = "local-dir:"  # timm's word before the path of a folder
+# What reads the image, and what gives the classes, in a ConvNeXt of timm, of its authors, and within a CLIP model
+STEMS = ("stem.0.weight", "downsample_layers.0.0.weight", "visual.trunk.stem.0.weight")
+CLASSIFIERS = ("head.fc.weight", "head.weight", "visual.head.proj.weight", "visual.head.mlp.fc2.weight")
 
 
 def create_model(config: Config, classes: int, start: bool = True) -> nn.Module:
@@ -54,13 +57,14 @@ def _started(config: Config, arguments: dict[str, Any]) -> Any:
     """The model with the weights of model.checkpoint, resized where they were trained for another image size."""
     knobs, path, wanted = config.model, config.model.checkpoint, arguments.get("img_size")
     state = checkpoint.load(path)
-    before = recorded_model(state)
-    built = before.img_size if before and wanted else None
+    before, found = recorded_model(state), checkpoint.weights(state, config.model.checkpoint_ema, path)
+    # a ConvNeXt's kernels are for every size
+    built = before.img_size if before and wanted and not fit.is_convnext(found) else None
     model: Any = from_timm(knobs.name, arguments | ({"img_size": built} if built else {}), "model.name=")
     if before:
         before.refuse_another(model, knobs.name, knobs.kwargs, path, knobs.new_head)
     skip = fit.classifiers(model) if knobs.new_head else ()
-    checkpoint.load_weights(model, checkpoint.weights(state, knobs.checkpoint_ema, path), path, skip)
+    checkpoint.load_weights(model, _converted(found, model, knobs.name, arguments, path), path, skip)
     if built and wanted and to_2tuple(built) != to_2tuple(wanted):
         model.set_input_size(img_size=wanted)
         _logger.info(
@@ -69,6 +73,27 @@ def _started(config: Config, arguments: dict[str, Any]) -> Any:
             *(path, _px(built), _px(wanted), _px(built)),
         )
     return model
+
+
+def _converted(
+    found: dict[str, torch.Tensor], model: Any, name: str, arguments: dict[str, Any], path: str
+) -> dict[str, torch.Tensor]:
+    """Weights for the model: those of a ConvNeXt as its own checkpoint filter converts them, all others as they are.
+
+    The filter works while timm builds a model. So a second one is built, with the channels and classes of the weights;
+    where they are not those of the first, the caller refuses them as any others.
+    """
+    ours = any(".sgconv." in key for key in model.state_dict())
+    if not (ours and fit.is_convnext(found) and all(isinstance(each, torch.Tensor) for each in found.values())):
+        return found
+    sizes = {key: (*value.shape, 0, 0) for key, value in found.items()}
+    channels = next((sizes[key][1] for key in STEMS if key in sizes), 0) or 3
+    classes = next((sizes[key][0] for key in CLASSIFIERS if key in sizes), 0)
+    image = (channels, *model.pretrained_cfg["input_size"][1:])
+    overlay = {"state_dict": found, "num_classes": classes, "input_size": image}
+    theirs = {"num_classes": classes, "in_chans": channels, "pretrained": True, "pretrained_cfg_overlay": overlay}
+    converted = from_timm(name, arguments | theirs, f"checkpoint {path!r}: model.name=")
+    return converted.state_dict()
 
 
 def _px(size: int | Sequence[int]) -> str:
@@ -150,7 +175,14 @@ def run_config(state: dict[str, Any], path: str, overrides: Sequence[str] = ()) 
         raise ValueError(f"checkpoint {path!r} lacks {', '.join(sorted(missing))}; {cure}")
     if not isinstance(state["args"], dict):
         raise ValueError(f"checkpoint {path!r} has args of another program ({type(state['args']).__name__}); {cure}")
-    return from_dict(state["args"], path, overrides)
+    config = from_dict(state["args"], path, overrides)
+    before = recorded_model(state)
+    if before and before.is_convnext_of(config.model.name):
+        before.refuse_other_convnext(config.model.kwargs, path)
+        config.model.kwargs.pop("conv_mlp", None)  # overrides cannot take it away, and linear layers compute the same
+        if to_2tuple(config.model.img_size) == to_2tuple(before.img_size):  # which a ConvNeXt is not built for
+            config.model.img_size = config.data.img_size
+    return config
 
 
 def trained_model(state: dict[str, Any], ema: bool, path: str, overrides: Sequence[str] = ()) -> tuple[Any, Config]:
@@ -178,7 +210,8 @@ def load_trained(
     before = recorded_model(state)
     if before:
         before.refuse_another(model, config.model.name, config.model.kwargs, path)
-    checkpoint.load_weights(model, found, path)
+    weights = _converted(found, model, config.model.name, _arguments(config, 0, start=False), path)
+    checkpoint.load_weights(model, weights, path)
 
 
 def create_criterion(augment: AugmentConfig) -> nn.Module:

@@ -14,6 +14,7 @@ import yaml
 
 from ..files import expand
 from .knob import ANY, BELOW_1, FACTOR, POSITIVE, SEE_PAIRS, Knob, Limits, at_least, between, knob
+from .patterns import FACTORS, are_factors
 from .typed import build, merge, sections, typed
 from .yaml_files import Layer, read_layers, read_overrides
 
@@ -142,6 +143,12 @@ class OptimConfig:
     betas: tuple[float, float] = knob((0.9, 0.999), "AdamW: decay of the two moving averages", BELOW_1)
     eps: float = knob(1e-8, "AdamW: added to the denominator", at_least(0))
     layer_decay: float = knob(1.0, "factor on lr per layer below the head, as ConvNeXt groups them; 1: off", FACTOR)
+    lr_scale: str = knob(
+        "",
+        "PATTERN=FACTOR, ...: factors on lr, by shell patterns of parameter names; the first match counts",
+        Limits(are_factors, f"PATTERN=FACTOR, ... with factors of {FACTORS}, as in *.sgconv.weight=10"),
+    )
+    no_weight_decay: str = knob("", "PATTERN, ...: parameters, by name, that weight_decay spares too")
     clip_grad: float | None = knob(
         None,
         "largest L2 norm of the gradient, in every precision; null: no clipping",

@@ -3,7 +3,6 @@
 import math
 import re
 from collections import defaultdict
-from fnmatch import fnmatch
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .config import OptimConfig
+from .patterns import factors, first_match, patterns, refuse_unmatched
+
+SAME_GROUPS = "keep which parameters optim.layer_decay, optim.lr_scale and optim.no_weight_decay set apart"
 
 
 def updates_per_epoch(samples: int, global_batch: int) -> int:
@@ -50,7 +52,7 @@ def learning_rates(optim: OptimConfig, epochs: int, updates_per_epoch: int) -> N
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Give every group the learning rate times its ``lr_scale`` (layer decay); ConvNeXt scales min_lr too."""
+    """Give every group the learning rate times its ``lr_scale``, see `param_groups`; ConvNeXt scales min_lr too."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -64,12 +66,12 @@ def create_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
         weight_decay=optim.weight_decay,
         eps=optim.eps,
         betas=optim.betas,
-        param_group_fn=lambda module: param_groups(module, optim.weight_decay, optim.layer_decay),
+        param_group_fn=lambda module: configured_groups(module, optim),
     )
 
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Take AdamW's averages from a checkpoint, but keep the weight decay, betas and layer decay of this run.
+    """Take AdamW's averages from a checkpoint, but keep the weight decay, betas and factors of this run.
 
     Raises:
         ValueError: the parameters are grouped in another way.
@@ -79,33 +81,69 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     try:
         optimizer.load_state_dict(state)
     except ValueError as error:
-        raise ValueError(
-            f"the checkpoint's optimiser has other parameter groups ({error}); keep optim.layer_decay"
-        ) from error
+        raise ValueError(f"the checkpoint's optimiser has other parameter groups ({error}); {SAME_GROUPS}") from error
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
 
 
-def param_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Groups by (layer, decayed or not), in the order in which the model names them.
+def refuse_other_groups(model: nn.Module, before: OptimConfig, now: OptimConfig) -> None:
+    """Refuse knobs that group the parameters otherwise: AdamW's averages are kept by the place in the groups.
 
-    Biases, other one-dimensional parameters and ``model.no_weight_decay()`` are not decayed. A layer's lr_scale is
-    layer_decay^(number of layers above it); with layer_decay = 1 there is one layer.
+    Raises:
+        ValueError: naming the knobs that group.
     """
+    then, here = ([group["params"] for group in configured_groups(model, each)] for each in (before, now))
+    if [list(map(id, group)) for group in then] != [list(map(id, group)) for group in here]:
+        raise ValueError(
+            f"the checkpoint's optimiser has {len(then)} parameter groups, this run would have {len(here)}, or others "
+            f"of that number; {SAME_GROUPS}"
+        )
+
+
+def configured_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """`param_groups` by the knobs."""
+    return param_groups(model, optim.weight_decay, optim.layer_decay, optim.lr_scale, optim.no_weight_decay)
+
+
+def param_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float, lr_scale: str = "", no_weight_decay: str = ""
+) -> list[dict[str, Any]]:
+    """Groups by (layer, factor, decayed or not), in the order in which the model names them.
+
+        lr_scale of a group = factor * layer_decay^(number of layers above it)
+
+    With layer_decay = 1 there is one layer. Biases, other one-dimensional parameters, ``model.no_weight_decay()`` and
+    what ``no_weight_decay`` matches are not decayed.
+
+    Args:
+        model: whose parameters are grouped.
+        weight_decay, layer_decay: as the knobs.
+        lr_scale: "PATTERN=FACTOR, ..."; the first pattern that matches a name gives its factor, else it is 1.
+        no_weight_decay: "PATTERN, ...".
+
+    Raises:
+        ValueError: a pattern matches no parameter, or the model has no layers for layer decay.
+    """
+    scales, spared = factors(lr_scale), patterns(no_weight_decay)
+    refuse_unmatched(model, "optim.lr_scale", scales)
+    refuse_unmatched(model, "optim.no_weight_decay", spared)
     exempt: set[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     layers = _layer_ids(model) if layer_decay < 1 else defaultdict(int)
     top = max(layers.values(), default=0)
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decayed = (
-            parameter.ndim > 1 and not name.endswith(".bias") and not any(fnmatch(name, pattern) for pattern in exempt)
-        )
-        layer = layers[name]
+        decayed = parameter.ndim > 1 and not name.endswith(".bias") and not first_match(name, [*exempt, *spared])
+        layer, matched = layers[name], first_match(name, scales)
+        factor = scales[matched] if matched else 1.0
         group = groups.setdefault(
-            (layer, decayed),
-            {"params": [], "weight_decay": weight_decay if decayed else 0.0, "lr_scale": layer_decay ** (top - layer)},
+            (layer, factor, decayed),
+            {
+                "params": [],
+                "weight_decay": weight_decay if decayed else 0.0,
+                "lr_scale": factor * layer_decay ** (top - layer),
+            },
         )
         group["params"].append(parameter)
     return list(groups.values())

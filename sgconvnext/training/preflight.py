@@ -49,7 +49,8 @@ def look_ahead(t: Training, train: Split, val: Split) -> None:
         "global batch {} = {} per device x {} {} x {} accumulation; ".format(*batch, t.accumulation)
         + f"{updates} updates per epoch, {len(t.learning_rates)} in all; {config.run.precision}",
         f"learning rate: peak {config.optim.lr:.4g} after {config.optim.warmup_epochs * updates} updates of "
-        f"warm-up, {t.learning_rates[-1]:.4g} at the end",
+        f"warm-up, {t.learning_rates[-1]:.4g} at the end"
+        + (f"; optim.lr_scale multiplies it: {config.optim.lr_scale}" if config.optim.lr_scale else ""),
         *kernels(t.model, size),
         f"memory: {memory}",
         f"disk: {room}",

@@ -5,7 +5,9 @@ import inspect
 import json
 from typing import Any, NamedTuple
 
+import timm
 from timm.models import split_model_name_tag
+from timm.models.convnext import ConvNeXt
 from torch import nn
 
 # Arguments that do not change what a trained model computes, or that the shapes of its weights show
@@ -13,7 +15,10 @@ UNCOMPARED = {
     *("backend", "ls_init_value", "init_values", "head_init_scale", "weight_init", "fused_attn", "output_stride"),
     *("drop_rate", "drop_path_rate", "drop_block_rate", "img_size", "num_classes", "in_chans", "depths", "dims"),
     *("num_scales", "bidirectional", "depth", "embed_dim", "patch_size", "device", "dtype"),
+    *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
 }
+SHARED = {"norm_eps", "global_pool"}  # arguments of ConvNeXt and of SGConvNeXt, which no shape shows
+SAME_CONVNEXT = {"conv_mlp", "kernel_sizes"}  # a conversion takes any: 1x1 convolutions are linear layers
 
 
 class RecordedModel(NamedTuple):
@@ -40,9 +45,14 @@ class RecordedModel(NamedTuple):
         if ":" in name + self.name:  # of a folder or the hub: the arguments are not recorded
             return
         before, now = (split_model_name_tag(each)[0] for each in (self.name, name))
+        if self.is_convnext_of(name):
+            self.refuse_other_convnext(arguments, path, new_head)
+            return
         if before != now:
+            other = f" or sg{before}_gap3" if timm.is_model(f"sg{before}_gap3") else ""
             raise ValueError(
-                f"checkpoint {path!r} was trained as {self.name}, this model is {name}; use model.name={self.name}"
+                f"checkpoint {path!r} was trained as {self.name}, this model is {name}; "
+                f"use model.name={self.name}{other}"
             )
         defaults = {key: each.default for key, each in inspect.signature(type(model).__init__).parameters.items()}
         defaults |= getattr(model, "kernel_defaults", {})
@@ -57,6 +67,36 @@ class RecordedModel(NamedTuple):
                     f"checkpoint {path!r} was trained with {key}={then}, this model has {key}={here}, which would "
                     f"compute something else with the same weights; use model.kwargs={{{key}: {then}}}"
                 )
+
+    def is_convnext_of(self, name: str) -> bool:
+        """Whether the checkpoint is of the ConvNeXt whose weights the model of that name converts."""
+        before, now = (split_model_name_tag(each)[0] for each in (self.name, name))
+        return now == f"sg{before}_gap3"
+
+    def refuse_other_convnext(self, arguments: dict[str, Any], path: str, new_head: bool = False) -> None:
+        """Refuse a ConvNeXt whose arguments make it compute something else than the SGConvNeXt of its weights.
+
+        Args:
+            arguments: of the SGConvNeXt.
+            path, new_head: as for `refuse_another`.
+
+        Raises:
+            ValueError: naming what differs, both values and the cure.
+        """
+        defaults = {key: each.default for key, each in inspect.signature(ConvNeXt.__init__).parameters.items()}
+        uncompared = UNCOMPARED | SAME_CONVNEXT | ({"global_pool"} if new_head else set())
+        for key in sorted((self.arguments.keys() & defaults.keys() | SHARED) - uncompared):
+            then = _plain(self.arguments.get(key, defaults[key]))
+            here = _plain(arguments.get(key, defaults[key]) if key in SHARED else defaults[key])
+            if then == here:
+                continue
+            cure = "no SGConvNeXt computes the same"
+            if key in SHARED:
+                cure = f"use model.kwargs={{{key}: {then}}}" if key in self.arguments else f"leave {key} out"
+            raise ValueError(
+                f"checkpoint {path!r} was trained with {key}={then}, this model has {key}={here}, which would "
+                f"compute something else with the same weights; {cure}"
+            )
 
 
 def recorded_model(state: dict[str, Any]) -> RecordedModel | None:

@@ -164,6 +164,7 @@ def take_up(run: "Run", path: Path) -> None:
     if t.ema is not None:
         averaged = bool(state.get("state_dict_ema"))  # False where ema.decay was 0 before
         checkpoint.load_weights(t.ema.module, checkpoint.weights(state, averaged, path), path)
+    optim.refuse_other_groups(t.model, from_dict(state["args"], str(path)).optim, run.config.optim)
     optim.load_state(t.optimizer, state["optimizer"])
     if state["amp_scaler"]:
         t.scaler.load_state_dict(state["amp_scaler"])

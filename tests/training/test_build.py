@@ -1,10 +1,13 @@
 """From a configuration to the network and the loss."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+import safetensors.torch
+import timm
 import torch
 import torch.nn.functional as F
 from helpers import mixers, refused, relative_error
@@ -171,6 +174,173 @@ def test_weights_at_another_image_size_keep_the_kernels_they_were_built_with(sta
     model = create(**{"model.checkpoint": str(start), "model.img_size": 32, "data.img_size": 64})
     assert [mixer.length for mixer in mixers(model)] == [64, 16, 4, 1]
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+
+
+# ---- starting from a ConvNeXt
+
+OURS = "sgconvnext_atto_gap3"
+
+
+def convnext(folder: Path, **kwargs: Any) -> tuple[str, torch.nn.Module, torch.nn.Module]:
+    """A run's checkpoint of timm's ConvNeXt with 3 classes, the network and its average."""
+    return trained(folder, **{"model.name": "convnext_atto", "model.kwargs": MICRO | kwargs})
+
+
+def started(path: str | Path, classes: int = 3, **changes: Any) -> Any:
+    return create(classes, **{"model.name": OURS, "model.checkpoint": str(path)} | changes).eval()
+
+
+def evaluated(path: str, *overrides: str) -> Any:
+    """As validate.py makes the model."""
+    return build.trained_model(checkpoint.load(path), False, path, [f"model.name={OURS}", *overrides])[0].eval()
+
+
+def difference(got: torch.nn.Module, want: torch.nn.Module, size: tuple[int, int] = (32, 32)) -> float:
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        return relative_error(got(images), want(images))
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("size", [(32, 32), (96, 96), (64, 96)], ids=str)
+def test_run_starts_as_the_convnext_of_its_checkpoint(ema: bool, size: tuple[int, int], tmp_path: Path) -> None:
+    path, *networks = convnext(tmp_path)
+    got = started(path, **{"model.checkpoint_ema": ema, "data.img_size": list(size)})
+    assert difference(got, networks[ema], size) <= 1e-5
+    assert difference(networks[0], networks[1]) > 0.1
+    assert mixers(got)[0].input_size == (size[0] // 4, size[1] // 4)
+    assert not got.pretrained_cfg.get("state_dict")
+
+
+def in_convnexts_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """timm's names to those of facebookresearch/ConvNeXt."""
+    names = {"stem.": "downsample_layers.0.", "conv_dw": "dwconv", "mlp.fc": "pwconv", "head.norm": "norm"}
+    found = {}
+    for key, value in state.items():
+        for timms, theirs in (names | {"head.fc": "head"}).items():
+            key = key.replace(timms, theirs)
+        key = re.sub(r"stages\.(\d)\.blocks", r"stages.\1", key)
+        found[re.sub(r"stages\.(\d)\.downsample", r"downsample_layers.\1", key)] = value
+    return found
+
+
+@pytest.mark.parametrize("kind", ["bare", "safetensors", "of its authors"])
+def test_weights_of_a_convnext_alone_are_enough(kind: str, tmp_path: Path) -> None:
+    _, network, _ = convnext(tmp_path)
+    path, state = tmp_path / "a.pth", network.state_dict()
+    if kind == "safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state if kind == "bare" else {"model": in_convnexts_names(state)}, path)
+    assert difference(started(path), network) <= 1e-5
+    with refused("a.pth", "cannot hold 7x7 kernels", "name a _gap3 model"):
+        started(path, **{"model.name": "sgconvnext_atto"})
+
+
+def test_run_starts_from_a_run_that_took_its_weights_from_a_file(tmp_path: Path) -> None:
+    network = convnext(tmp_path)[1]
+    torch.save(network.state_dict(), tmp_path / "a.pth")
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "a.pth"), "num_classes": 3}}
+    knobs = {"model.name": OURS, "model.pretrained": True, "model.kwargs": MICRO | overlay}
+    assert difference(create(3, **knobs).eval(), network) <= 1e-5
+    (tmp_path / "first").mkdir()
+    path, first, _ = trained(tmp_path / "first", **knobs)
+    assert difference(started(path), first) == 0
+    assert difference(first, network) > 0.1
+
+
+def test_convnexts_classifier_is_kept_only_for_as_many_classes(tmp_path: Path) -> None:
+    path, network, _ = convnext(tmp_path)
+    with refused("best.pth", "of 3 classes, the model of 7; model.new_head=true"):
+        started(path, 7)
+    for classes in (3, 7):
+        got = started(path, classes, **{"model.new_head": True})
+        assert got.head.fc.out_features == classes
+        assert difference(got, network) > 0.1 if classes == 3 else True
+        got.head.fc = network.head.fc
+        assert difference(got, network) <= 1e-5
+    bare = {key: value for key, value in network.state_dict().items() if "head.fc" not in key}
+    torch.save(bare, tmp_path / "bare.pth")
+    with refused("bare.pth", "has no classifier", "model.new_head=true"):
+        started(tmp_path / "bare.pth")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.name": "sgconvnext_atto"}, ["was trained as convnext_atto", "or sgconvnext_atto_gap3"]),
+        ({"model.name": "sgconvnext_femto_gap3"}, ["was trained as convnext_atto", "or sgconvnext_atto_gap3"]),
+        ({"model.kwargs": MICRO | {"in_chans": 1}}, ["reads images of 3 channels, the model of 1"]),
+        ({"model.kwargs": MICRO | {"depths": [1, 1, 2, 1]}}, ["depths [1, 1, 1, 1]", "the model depths [1, 1, 2, 1]"]),
+        ({"model.kwargs": MICRO | {"row_gap": 2}}, ["row_gap=2", "build it with row_gap=3"]),
+        ({"model.kwargs": MICRO | {"norm_eps": 1e-3}}, ["norm_eps=0.001", "leave norm_eps out"]),
+        ({"model.kwargs": MICRO | {"global_pool": "max"}}, ["global_pool=avg", "leave global_pool out"]),
+    ],
+    ids=str,
+)
+def test_model_that_a_convnext_does_not_become_is_refused(
+    changes: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
+    with refused(f"checkpoint '{tmp_path}/best.pth'", *words):
+        started(convnext(tmp_path)[0], **changes)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"act_layer": "relu"}, {"norm_layer": "rmsnorm2d"}, {"stem_type": "overlap"}], ids=str
+)
+def test_convnext_that_computes_something_else_is_refused(kwargs: dict[str, str], tmp_path: Path) -> None:
+    path, *_ = convnext(tmp_path, **kwargs)
+    [(key, value)] = kwargs.items()
+    for make in (started, evaluated):
+        with refused("best.pth", f"was trained with {key}={value}", "no SGConvNeXt computes the same"):
+            make(path)
+
+
+def test_epsilon_of_a_convnexts_norms_must_be_named(tmp_path: Path) -> None:
+    path, network, _ = convnext(tmp_path, norm_eps=0.1)
+    with refused("trained with norm_eps=0.1", "use model.kwargs={norm_eps: 0.1}"):
+        started(path)
+    assert difference(started(path, **{"model.kwargs": MICRO | {"norm_eps": 0.1}}), network) <= 1e-5
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"conv_mlp": True}], ids=str)
+@pytest.mark.parametrize("name", ["convnext_atto", "convnext_tiny"])  # timm builds the first with conv_mlp
+def test_run_of_a_convnext_is_evaluated_as_an_sgconvnext(name: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
+    path, network, _ = trained(tmp_path, **{"model.name": name, "model.kwargs": MICRO | kwargs})
+    for size in (32, 64):  # 32 px alone have no offsets of two rows in the last stage
+        got = evaluated(path, f"model.name=sg{name}_gap3", f"data.img_size={size}")
+        assert difference(got, network, (size, size)) <= 1e-5
+
+
+def test_kernels_of_a_larger_size_hold_more_of_a_convnext(tmp_path: Path) -> None:
+    path, network, _ = convnext(tmp_path)
+    got = [started(path, **{"model.img_size": size}) for size in (32, 128)]
+    assert difference(got[0], network) <= 1e-5
+    assert difference(got[0], network, (128, 128)) > 0.01
+    assert difference(got[1], network, (128, 128)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", [OURS, f"{OURS}.d2_in1k"])
+@pytest.mark.parametrize("classes", [1000, 3])
+def test_pretrained_weights_of_convnext_come_out_of_the_hubs_cache(
+    name: str, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    network = timm.create_model("convnext_atto").eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path / "models--timm--convnext_atto.d2_in1k"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("0" * 40)
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    safetensors.torch.save_file(network.state_dict(), snapshot / "model.safetensors")
+    got = create(classes, **{"model.name": name, "model.pretrained": True, "model.kwargs": {}}).eval()
+    assert mixers(got)[0].input_size == (8, 8)  # of data.img_size=32, not of the 224 px of the weights' cfg
+    assert got.head.fc.out_features == classes
+    got.head.fc = network.head.fc if classes == 3 else got.head.fc
+    assert difference(got, network) <= 1e-5
 
 
 # ---- the loss

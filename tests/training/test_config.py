@@ -8,11 +8,14 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
+import timm
+import torch
 import yaml
 from helpers import refused
 from training_helpers import CONFIGS, flatten, unflatten
 
-from sgconvnext.training import rng
+import sgconvnext  # noqa: F401  registers the models with timm
+from sgconvnext.training import optim, rng
 from sgconvnext.training.config import KNOBS, Config, describe, from_dict, load_config, to_dict
 from sgconvnext.training.yaml_files import read_overrides
 
@@ -142,6 +145,43 @@ def test_size_at_384_px_starts_from_its_weights_at_224_px(size: str) -> None:
     }
 
 
+def test_start_from_convnext_has_the_values_of_its_fine_tuning_at_224_px() -> None:
+    path = CONFIGS / "sgconvnext_tiny_from_convnext.yaml"
+    at_384 = {key: FINETUNE_384[key] for key in FINETUNE_384 if not key.startswith("data.")}
+    want = flat(CONFIGS / "imagenet.yaml") | at_384
+    differs = {key: value for key, value in flat(path).items() if value != want[key]}
+    assert differs == {
+        "out": "runs/sgconvnext_tiny_from_convnext",
+        "model.name": "sgconvnext_tiny_gap3.fb_in1k",
+        "model.pretrained": True,
+        "optim.batch_per_device": 64,
+        "optim.lr_scale": "*.sgconv.weight=10",
+        "optim.no_weight_decay": "*.sgconv.weight",
+    }
+
+
+def test_every_value_of_the_start_from_convnext_has_its_reason() -> None:
+    lines = (CONFIGS / "sgconvnext_tiny_from_convnext.yaml").read_text().splitlines()
+    values = [line for line in lines if re.match(r" *\w+: *[^ #]", line) and not line.startswith("out:")]
+    bare = [line for line in values if "#" not in line]
+    assert len(values) > 12
+    assert [line.strip() for line in bare] == ["mixup: 0.0", "cutmix: 0.0", "lr_scale: '*.sgconv.weight=10'"]  # above
+
+
+def test_start_from_convnext_names_a_model_and_parameters_that_exist() -> None:
+    config = load_config(CONFIGS / "sgconvnext_tiny_from_convnext.yaml")
+    with torch.device("meta"):
+        model = timm.create_model(config.model.name)
+    groups = optim.configured_groups(model, config.optim)
+    kernels = {id(module.weight): name for name, module in model.named_modules() if name.endswith(".sgconv")}
+    found = [(group, kernels[id(p)]) for group in groups for p in group["params"] if id(p) in kernels]
+    assert len(found) == 18
+    assert {group["weight_decay"] for group, _ in found} == {0.0}
+    for group, name in found:
+        layer = {"0": 1, "1": 2, "3": 6}.get(name.split(".")[1], 3 + int(name.split(".")[3]) // 3)
+        assert group["lr_scale"] == pytest.approx(10 * 0.7 ** (7 - layer), rel=1e-12)
+
+
 # ---- knobs
 
 
@@ -156,6 +196,7 @@ def another(name: str) -> Any:
         "data.interpolation": "nearest",
         "augment.remode": "rand",
         "augment.mixup_mode": "elem",
+        "optim.lr_scale": "*.sgconv.weight=10, head.*=0.5",
         "run.device": "cpu",
         "run.precision": "bf16",
     }

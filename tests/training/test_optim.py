@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import timm
 import torch
 from helpers import refused
 from torch import nn
-from training_helpers import CONFIGS
+from training_helpers import CONFIGS, batches_of, micro_config, micro_model, noise, training, update
 
 import sgconvnext  # noqa: F401  registers the models with timm
 from sgconvnext.training.config import OptimConfig, load_config
@@ -18,7 +19,9 @@ from sgconvnext.training.optim import (
     accumulation_steps,
     create_optimizer,
     learning_rates,
+    load_state,
     param_groups,
+    refuse_other_groups,
     set_learning_rate,
     updates_per_epoch,
 )
@@ -241,6 +244,101 @@ def test_layer_decay_is_refused_for_a_model_without_convnexts_layers(name: str) 
     with refused("optim.layer_decay", "ConvNeXt", "use 1"):
         param_groups(model, 0.05, 0.7)
     assert len(param_groups(model, 0.05, 1.0)) == 2
+
+
+# ---- parameters with a factor of their own
+
+
+SPARED, FASTER = "*.sgconv.weight", "*.sgconv.weight=10, *.sgconv.*=2"
+
+
+def of_each(model: nn.Module, key: str, *knobs: Any) -> dict[str, float]:
+    """What the groups give every parameter, by name."""
+    given = {id(p): group[key] for group in param_groups(model, 0.05, *knobs) for p in group["params"]}
+    assert len(given) == len(list(model.parameters()))
+    return {name: given[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.7])
+def test_first_pattern_that_matches_gives_the_factor_on_top_of_layer_decay(layer_decay: float) -> None:
+    model = build("sgconvnext_tiny")
+    plain, scaled = of_each(model, "lr_scale", layer_decay), of_each(model, "lr_scale", layer_decay, FASTER)
+    factors = {name: scaled[name] / scale for name, scale in plain.items()}
+    for name, factor in factors.items():
+        want = 10 if name.endswith(".sgconv.weight") else 2 if ".sgconv." in name else 1
+        assert factor == pytest.approx(want, rel=1e-12), name
+    assert set(map(round, factors.values())) == {1, 2, 10}
+    assert of_each(model, "weight_decay", layer_decay, FASTER) == of_each(model, "weight_decay", layer_decay)
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.7])
+def test_pattern_spares_parameters_from_weight_decay_and_no_others(layer_decay: float) -> None:
+    model = build("sgconvnext_tiny")
+    plain = of_each(model, "weight_decay", layer_decay)
+    want = {name: 0.0 if name.endswith(".sgconv.weight") else decay for name, decay in plain.items()}
+    assert want != plain
+    assert of_each(model, "weight_decay", layer_decay, "", SPARED) == want
+    assert of_each(model, "lr_scale", layer_decay, "", SPARED) == of_each(model, "lr_scale", layer_decay)
+
+
+def test_factor_of_1_groups_as_no_pattern_does() -> None:
+    model = build("sgconvnext_tiny")
+    plain, other = (param_groups(model, 0.05, 0.7, text) for text in ("", "*.sgconv.weight=1"))
+    assert [[*map(id, group.pop("params"))] for group in plain] == [[*map(id, group.pop("params"))] for group in other]
+    assert plain == other
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
+def test_patterns_are_for_any_model(name: str) -> None:
+    model = build(name)
+    scales = of_each(model, "lr_scale", 1.0, "*.bias=3")
+    assert scales == {key: 3.0 if key.endswith(".bias") else 1.0 for key in scales}
+
+
+@pytest.mark.parametrize("knob", ["optim.lr_scale", "optim.no_weight_decay"])
+def test_pattern_without_a_parameter_is_refused_with_names_like_it(knob: str) -> None:
+    model, pattern = build("convnext_atto"), "stages.0.blocks.0.sgconv.weight"
+    text = f"head.*=2,{pattern}=10" if knob == "optim.lr_scale" else f"head.*,{pattern}"
+    with refused(f"{knob}: {pattern!r} matches no parameter", "stages.0.blocks.0.conv_dw.weight"):
+        param_groups(model, 0.05, 1.0, **{knob.removeprefix("optim."): text})
+
+
+@pytest.mark.parametrize(
+    "text", ["head.*", "head.*=", "=2", "head.*=0", "head.*=-1", "head.*=nan", "head.*=1e7", "a=x"]
+)
+def test_text_that_is_no_pattern_with_a_factor_is_refused(text: str) -> None:
+    with refused(f"command line: optim.lr_scale={text!r} must be PATTERN=FACTOR", "1e-06 to 1e+06"):
+        load_config(CONFIGS / "digits.yaml", [f"optim.lr_scale={text}"])
+
+
+def test_parameter_moves_as_many_times_as_far_as_its_factor_says() -> None:
+    moved, model = [], micro_model(micro_config())
+    for text in ("", "*.sgconv.weight=10"):
+        t = training(micro_config(**{"optim.lr_scale": text, "optim.weight_decay": 0.0}), model)
+        before = {name: parameter.detach().clone() for name, parameter in t.model.named_parameters()}
+        update(t, batches_of(16, *noise(16)), 1e-3)
+        moved.append({name: (p.detach() - before[name]).norm().item() for name, p in t.model.named_parameters()})
+    ratios = {name: moved[1][name] / once for name, once in moved[0].items()}
+    faster = {name for name in ratios if name.endswith(".sgconv.weight")}
+    assert len(faster) == 4
+    for name, ratio in ratios.items():
+        assert ratio == pytest.approx(10 if name in faster else 1, rel=1e-3), name
+
+
+def test_state_goes_on_under_another_factor_and_not_in_other_groups() -> None:
+    model = micro_model(micro_config())
+    then, now = OptimConfig(lr_scale="*.sgconv.weight=10"), OptimConfig(lr_scale="*.sgconv.weight=5")
+    old, new = create_optimizer(model, then), create_optimizer(model, now)
+    refuse_other_groups(model, then, now)
+    load_state(new, old.state_dict())
+    assert sorted(group["lr_scale"] for group in new.param_groups) == [1, 1, 5]
+    for other in (
+        OptimConfig(),
+        OptimConfig(lr_scale="*.sgconv.weight=10", no_weight_decay="head.*"),
+        OptimConfig(lr_scale="*.mlp.fc1.weight=10"),  # as many groups, of as many parameters
+    ):
+        with refused("has 3 parameter groups", "optim.lr_scale", "keep which parameters"):
+            refuse_other_groups(model, then, other)
 
 
 # ---- the optimiser
