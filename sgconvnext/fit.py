@@ -14,6 +14,10 @@ from .errors import shortened
 
 Shapes = dict[str, torch.Size]
 
+# What reads the image, and what gives the classes, in a ConvNeXt of timm, of its authors, and within a CLIP model
+_STEMS = ("stem.0.weight", "downsample_layers.0.0.weight", "visual.trunk.stem.0.weight")
+_CLASSIFIERS = ("head.fc.weight", "head.weight", "visual.head.proj.weight", "visual.head.mlp.fc2.weight")
+
 
 def refuse_misfit(model: nn.Module, found: Mapping[str, Any], place: str, skip: Collection[str] = ()) -> None:
     """Refuse weights of which not every key, shape and kind of number is the model's.
@@ -45,6 +49,13 @@ def refuse_misfit(model: nn.Module, found: Mapping[str, Any], place: str, skip: 
 def is_convnext(found: Mapping[str, Any]) -> bool:
     """Whether weights are of a ConvNeXt: in timm's names, in those of its authors, or within a CLIP model."""
     return any(".conv_dw." in key or ".dwconv." in key for key in found if isinstance(key, str))
+
+
+def convnext_ends(found: Mapping[str, Any]) -> tuple[int, int]:
+    """Channels of the images and classes of the head, of a ConvNeXt's weights; 3 without a stem, 0 without a head."""
+    stem: Any = next((found[key].shape for key in _STEMS if key in found), ())
+    head: Any = next((found[key].shape for key in _CLASSIFIERS if key in found), ())
+    return stem[1] if len(stem) > 1 else 3, head[0] if head else 0
 
 
 def classifiers(model: Any) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """What several test modules share: backends, a scale-free error, cases of the long convolution, a small model."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -108,6 +109,27 @@ def saved_bytes(x: Tensor, taps: Tensor, conv: Callable[[Tensor, Tensor], Tensor
 def small_model(**kwargs: Any) -> sgconvnext.SGConvNeXt:
     """Four blocks at 64 px. Layer scale 1 instead of 1e-6, or no test would notice what the blocks compute."""
     return timm.create_model("sgconvnext_atto", **({**SMALL, "ls_init_value": 1.0} | kwargs)).eval()
+
+
+def visible(model: Any) -> Any:
+    """The model with weights of a size at which every layer counts; a layer scale of 1e-6 would hide the blocks."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        mean, deviation = (0.0, 0.05) if parameter.ndim > 1 else (1.0, 0.1)
+        torch.nn.init.normal_(parameter, mean, deviation, generator)
+    return model.eval()
+
+
+def in_the_authors_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ConvNeXt's state dict in timm's names to one in those of facebookresearch/ConvNeXt."""
+    names = {"stem.": "downsample_layers.0.", "conv_dw": "dwconv", "mlp.fc": "pwconv", "head.norm": "norm"}
+    found = {}
+    for key, value in state.items():
+        for timms, theirs in (names | {"head.fc": "head"}).items():
+            key = key.replace(timms, theirs)
+        key = re.sub(r"stages\.(\d)\.blocks", r"stages.\1", key)
+        found[re.sub(r"stages\.(\d)\.downsample", r"downsample_layers.\1", key)] = value
+    return found
 
 
 def mixers(model: torch.nn.Module) -> list[sgconvnext.SGConv2d]:

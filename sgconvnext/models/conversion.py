@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import fit
 from ..errors import one_line
 from .arguments import SGCONV
-from .convnext import convolution_weight, flat, in_timms_names, refusal
+from .convnext import convnext_name, convolution_weight, in_timms_names, refusal
 from .input_size import STEM_STRIDE
 from .layer import SGConv2d
 from .sgconvnext import GAP3, MODELS, SGConvNeXt
@@ -83,7 +83,7 @@ def to_convnext(model: SGConvNeXt) -> tuple[Any, float]:
             "lose; keep the SGConvNeXt"
         )
     config = _config(model)
-    name = config_of(model).get("architecture", "").removeprefix("sg").removesuffix("_gap3")
+    name = convnext_name(config_of(model).get("architecture", ""))
     theirs = _of_state(state, name, **_settings(model))
     theirs.pretrained_cfg |= config | {"num_classes": model.num_classes}
     return theirs.eval(), _checked(model, theirs)
@@ -146,9 +146,8 @@ def _of_state(state: dict[str, Any], arch: str = "", **settings: Any) -> Any:
     if told := refusal(state):
         raise ValueError(f"{place} {told}")
     shown = shape | _ends(state)
-    name = _model_name(shown, arch).removeprefix("sg").removesuffix("_gap3")
+    name = convnext_name(_model_name(shown, arch))
     model = timm.create_model(name, **(shown | settings))
-    state = {key: flat(key, value) for key, value in state.items()}
     fit.refuse_misfit(model, state, place)
     model.load_state_dict(state)
     model.pretrained_cfg |= {"tag": None, "license": None}  # nobody knows whose weights they are
@@ -157,7 +156,7 @@ def _of_state(state: dict[str, Any], arch: str = "", **settings: Any) -> Any:
 
 def _ends(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Channels of the images, classes and hidden layer of the head, as weights in timm's names show them."""
-    ends = {"in_chans": state["stem.0.weight"].shape[1], "num_classes": len(state.get("head.fc.weight", ()))}
+    ends: dict[str, Any] = dict(zip(("in_chans", "num_classes"), fit.convnext_ends(state), strict=True))
     hidden = len(state.get("head.pre_logits.fc.weight", ()))
     return ends | ({"head_hidden_size": hidden} if hidden else {})
 

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from .sgconvnext import SGConvNeXt
 
 
+def convnext_name(name: str) -> str:
+    """timm's ConvNeXt of the same shape as our model of that name: sgconvnext_tiny_gap3 to convnext_tiny."""
+    return name.removeprefix("sg").removesuffix("_gap3")
+
+
 def convnext_cfgs(arch: str) -> dict[str, Any]:
     """timm's pretrained cfgs of a ConvNeXt by tag, its default first; the weights are converted while they load."""
     found = get_arch_pretrained_cfgs(arch).values()
@@ -53,7 +58,7 @@ def convert_state(state: Mapping[str, Any], model: "SGConvNeXt", place: str) -> 
     for key, value in state.items():
         path, _, name = key.rpartition(".conv_dw.")
         if not path:
-            converted[key] = flat(key, value)
+            converted[key] = value
         elif name == "bias":
             converted[f"{path}.sgconv.bias"] = value
     blocks = {path: layer for path, layer in model.named_modules() if isinstance(layer, SGConv2d)}
@@ -65,16 +70,25 @@ def convert_state(state: Mapping[str, Any], model: "SGConvNeXt", place: str) -> 
 
 
 def in_timms_names(state: Mapping[str, Any], model: Any, place: str) -> dict[str, Any]:
-    """A ConvNeXt's state dict in timm's names, by timm's own rule."""
+    """A ConvNeXt's state dict in timm's names, by timm's own rule, and with linear layers in its MLPs.
+
+    Args:
+        state: of a ConvNeXt, in timm's names, in those of its authors, or within a CLIP model.
+        model: from which timm takes shapes.
+        place: what an error begins with.
+
+    Raises:
+        ValueError: the state has not the shapes of the model.
+    """
     try:
         named: dict[str, Any] = timms_names(dict(state), model)
     except (AttributeError, KeyError, RuntimeError) as error:  # it looks up, and takes over, the shapes of the model
         raise ValueError(f"{place} has the names of a ConvNeXt, but not the shapes of the model ({error})") from error
-    return named
+    return {key: flat(key, value) for key, value in named.items()}
 
 
 def refusal(state: Mapping[str, Any]) -> str:
-    """Why a ConvNeXt of another structure has no SGConvNeXt of the same outputs."""
+    """Why no SGConvNeXt has the outputs of the ConvNeXt with that state dict; empty if one has."""
     stem: Any = state.get("stem.0.weight")
     for found, what in (
         (any(".grn." in key for key in state), "is of a ConvNeXt-V2, whose MLP has a response norm (GRN)"),
@@ -88,7 +102,7 @@ def refusal(state: Mapping[str, Any]) -> str:
 
 
 def flat(key: str, value: Tensor) -> Tensor:
-    """The weight of a linear layer, where it is of the 1x1 convolution that a model with conv_mlp has."""
+    """The value, or the weight (out, in) of a linear layer for that (out, in, 1, 1) of a 1x1 convolution in an MLP."""
     return value[:, :, 0, 0] if ".mlp." in key and value.ndim == 4 else value
 
 
@@ -103,8 +117,8 @@ def mixer_state(weight: Tensor, layer: SGConv2d, place: str = "conv_dw") -> dict
     reach = _reach(weight, layer, place)
     height, width = layer.input_size
     taps = weight.new_zeros(layer.channels, 2 * layer.length - 1)
-    for (dy, dx), index in _offsets(layer, reach):
-        taps[:, index] = weight[:, 0, dy + reach, dx + reach]
+    for dy, dx, lag in _square(layer.input_size, layer.row_gap, reach):
+        taps[:, layer.length - 1 + lag] = weight[:, 0, dy + reach, dx + reach]
     kernel = kernel_of_lags(taps, bidirectional=True)
     _, num_scales, _, scale_dim = layer.weight.shape
     if kernel[..., 2 * scale_dim :].any():
@@ -139,10 +153,10 @@ def _reach(weight: Tensor, layer: SGConv2d, place: str) -> int:
 
 
 def convolution_weight(layer: SGConv2d, size: int = 7) -> tuple[Tensor, float]:
-    """The weight (C, 1, k, k) of the depthwise convolution that a layer's taps are, and what is not in it.
+    """The k x k depthwise convolution in a layer's taps, and how much of the taps is not in it.
 
     Returns:
-        the weight, and the largest share of a channel's energy (sum of its squared taps) at other offsets.
+        its weight (C, 1, k, k), and the largest `energy_outside` of a channel.
 
     Raises:
         ValueError: as of `mixer_state`.
@@ -150,17 +164,34 @@ def convolution_weight(layer: SGConv2d, size: int = 7) -> tuple[Tensor, float]:
     taps = layer.built_taps().detach()
     weight = taps.new_zeros(layer.channels, 1, size, size)
     reach = _reach(weight, layer, "a convolution of that size")
-    for (dy, dx), index in _offsets(layer, reach):
-        weight[:, 0, dy + reach, dx + reach] = taps[:, index]
-    energy, kept = taps.double().square().sum(1), weight.double().square().sum((1, 2, 3))
-    lost = torch.where(energy > 0, (energy - kept) / energy, 0.0)
-    return weight, float(lost.max())
+    for dy, dx, lag in _square(layer.input_size, layer.row_gap, reach):
+        weight[:, 0, dy + reach, dx + reach] = taps[:, layer.length - 1 + lag]
+    return weight, float(energy_outside(taps, layer.input_size, layer.row_gap, reach).max())
 
 
-def _offsets(layer: SGConv2d, reach: int) -> Iterator[tuple[tuple[int, int], int]]:
-    """Every offset (dy, dx) of up to ``reach`` that two pixels of the layer's map have, and the index of its tap."""
-    height, width = layer.input_size
-    row, length = width + layer.row_gap, layer.length
-    for dy in range(-min(reach, height - 1), min(reach, height - 1) + 1):
-        for dx in range(-min(reach, width - 1), min(reach, width - 1) + 1):
-            yield (dy, dx), length - 1 - dy * row - dx
+def energy_outside(taps: Tensor, size: tuple[int, int], row_gap: int, reach: int) -> Tensor:
+    """Share of sum K^2 outside the square of offsets |dy|, |dx| <= reach; 0 for a kernel of zeros.
+
+    Args:
+        taps: (C, 2L-1), or (C, L) when causal; L = H (W + g).
+        size: (H, W) of the map that they are for.
+        row_gap: g, at least ``reach``.
+        reach: rows and columns on each side of the output.
+
+    Returns:
+        share of each channel (C), in float64.
+    """
+    first_lag = size[0] * (size[1] + row_gap) - taps.shape[1]
+    index = [lag - first_lag for _, _, lag in _square(size, row_gap, reach) if lag >= first_lag]
+    squares = taps.double().square()
+    outside = squares.index_fill(1, torch.tensor(index, device=taps.device), 0.0).sum(1)
+    energy = squares.sum(1)
+    return torch.where(energy > 0, outside / energy, 0.0)
+
+
+def _square(size: tuple[int, int], row_gap: int, reach: int) -> Iterator[tuple[int, int, int]]:
+    """dy, dx and lag of every offset |dy|, |dx| <= reach that two pixels of a map (H, W) have."""
+    rows, columns = (min(reach, side - 1) for side in size)
+    for dy in range(-rows, rows + 1):
+        for dx in range(-columns, columns + 1):
+            yield dy, dx, -(dy * (size[1] + row_gap) + dx)

@@ -24,9 +24,6 @@ from .recorded_model import recorded_model
 _logger = logging.getLogger(__name__)
 
 LOCAL = "local-dir:"  # timm's word before the path of a folder
-# What reads the image, and what gives the classes, in a ConvNeXt of timm, of its authors, and within a CLIP model
-STEMS = ("stem.0.weight", "downsample_layers.0.0.weight", "visual.trunk.stem.0.weight")
-CLASSIFIERS = ("head.fc.weight", "head.weight", "visual.head.proj.weight", "visual.head.mlp.fc2.weight")
 
 
 def create_model(config: Config, classes: int, start: bool = True) -> nn.Module:
@@ -78,17 +75,15 @@ def _started(config: Config, arguments: dict[str, Any]) -> Any:
 def _converted(
     found: dict[str, torch.Tensor], model: Any, name: str, arguments: dict[str, Any], path: str
 ) -> dict[str, torch.Tensor]:
-    """Weights for the model: those of a ConvNeXt as its own checkpoint filter converts them, all others as they are.
+    """Weights for the model: a ConvNeXt's for an SGConvNeXt are converted by its checkpoint filter, others stay.
 
-    The filter works while timm builds a model. So a second one is built, with the channels and classes of the weights;
-    where they are not those of the first, the caller refuses them as any others.
+    timm calls the filter only while it builds a model. So a second model is built, with the channels and classes of
+    the weights. If the first model has others, the caller refuses the converted weights.
     """
     ours = any(".sgconv." in key for key in model.state_dict())
     if not (ours and fit.is_convnext(found) and all(isinstance(each, torch.Tensor) for each in found.values())):
         return found
-    sizes = {key: (*value.shape, 0, 0) for key, value in found.items()}
-    channels = next((sizes[key][1] for key in STEMS if key in sizes), 0) or 3
-    classes = next((sizes[key][0] for key in CLASSIFIERS if key in sizes), 0)
+    channels, classes = fit.convnext_ends(found)
     image = (channels, *model.pretrained_cfg["input_size"][1:])
     overlay = {"state_dict": found, "num_classes": classes, "input_size": image}
     theirs = {"num_classes": classes, "in_chans": channels, "pretrained": True, "pretrained_cfg_overlay": overlay}

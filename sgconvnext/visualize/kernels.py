@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import figure
+from ..models.convnext import energy_outside
 from ..models.kernel import lag_taps
 from ..models.layer import SGConv2d
 from .subject import Subject
@@ -48,23 +49,6 @@ def footprint(taps: Tensor, size: tuple[int, int], row_gap: int = 0) -> Tensor:
     index = dy * row + dx + len(taps) - height * row
     inside = (index >= 0) & (index < len(taps))
     return torch.where(inside, taps[index.clamp(0, len(taps) - 1)], torch.nan)
-
-
-def energy_outside(taps: Tensor, size: tuple[int, int], row_gap: int) -> float:
-    """Share of sum K^2 outside the (2g+1) x (2g+1) square of offsets around the output; 0 for a kernel of zeros.
-
-    Args:
-        taps: of one channel, as in `footprint`.
-        size: (H, W).
-        row_gap: g.
-    """
-    height, width = size
-    dy = torch.arange(-min(row_gap, height - 1), min(row_gap, height - 1) + 1)[:, None]
-    dx = torch.arange(-min(row_gap, width - 1), min(row_gap, width - 1) + 1)
-    index = (dy * (width + row_gap) + dx + len(taps) - height * (width + row_gap)).flatten()
-    squares = taps.double().square()
-    outside = squares.index_fill(0, index[index >= 0], 0.0)
-    return float(outside.sum() / squares.sum()) if squares.any() else 0.0
 
 
 def energy_kept(taps: Tensor, length: int) -> Tensor:
@@ -134,24 +118,26 @@ def _shade_scales(cell: Any, layer: SGConv2d) -> None:
 
 
 def draw_footprint(subject: Subject, block: int, reach: int | None = None) -> Any:
-    """The same channels by 2-D offset, up to so many rows and columns (the whole map).
+    """The same channels by 2-D offset, up to ``reach`` rows and columns; None: the whole map.
 
-    Beyond half a row, an offset shares its tap with one of the row above or below. Framed: the square that a gap of
-    that many columns keeps from wrapping; with three columns it is the size of ConvNeXt's kernels.
+    Beyond half a row, an offset shares its tap with one of the row above or below. With a gap of g columns, a frame
+    shows the (2g+1) x (2g+1) square of offsets that share no tap; for g = 3 a ConvNeXt's kernel.
     """
     layers = _layers(subject, block)
     picture = figure.new(3.1 * COLUMNS, 2.7 * len(layers) + 0.6)
     axes = picture.subplots(len(layers), COLUMNS, squeeze=False)
     for stage, (layer, row) in enumerate(zip(layers, axes, strict=True)):
+        by_lag = taps(layer)
+        outside = energy_outside(by_lag, layer.input_size, layer.row_gap, reach=layer.row_gap)
         for cell, channel in zip(row, _channels(layer), strict=False):
-            by_lag = taps(layer)[channel]
-            bar = picture.colorbar(_show_footprint(cell, by_lag, layer, reach), ax=cell, shrink=0.8, format="%.2g")
+            shown = _show_footprint(cell, by_lag[channel], layer, reach)
+            bar = picture.colorbar(shown, ax=cell, shrink=0.8, format="%.2g")
             bar.set_ticks([bar.vmin, 0, bar.vmax])
             bar.ax.tick_params(labelsize=7)
             title = f"stage {stage + 1}, channel {channel}"
             if layer.row_gap:
-                side, outside = 2 * layer.row_gap + 1, energy_outside(by_lag, layer.input_size, layer.row_gap)
-                title += f"\n{100 * outside:.2g} % of its energy outside {side}x{side}"
+                side = 2 * layer.row_gap + 1
+                title += f"\n{100 * outside[channel]:.2g} % of its energy outside {side}x{side}"
             cell.set_title(title, fontsize=9)
             cell.tick_params(labelsize=7)
         row[0].set_ylabel("rows below the output", fontsize=9)
@@ -166,7 +152,7 @@ def draw_footprint(subject: Subject, block: int, reach: int | None = None) -> An
 
 
 def _show_footprint(cell: Any, by_lag: Tensor, layer: SGConv2d, reach: int | None) -> Any:
-    """Draw a channel; what the colours are of."""
+    """Draw the taps of a channel; return the image, whose colours a colour bar explains."""
     from matplotlib.colors import FuncNorm
     from matplotlib.patches import Rectangle
 
@@ -201,10 +187,10 @@ def _signed_square(value: Any) -> Any:
 def draw_energy(subject: Subject) -> Any:
     """Energy kept against the length of the kernel, per stage.
 
-    Dashed: at initialisation, of a network that was trained from there and not from another's weights.
+    Dashed: at initialisation, if the network's run began there and not with pretrained weights or a checkpoint.
     """
-    begun = subject.config.model if subject.config else None
-    anew = begun is not None and not (begun.pretrained or begun.checkpoint)  # else it began with other kernels
+    knobs = subject.config.model if subject.config else None
+    anew = knobs is not None and not (knobs.pretrained or knobs.checkpoint)
     picture = figure.new(7.2, 4.6)
     axes = picture.subplots()
     for stage, (layers, colour) in enumerate(zip(subject.mixers(), figure.COLOURS, strict=False)):

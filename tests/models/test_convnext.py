@@ -1,12 +1,11 @@
 """A converted ConvNeXt is the ConvNeXt: logits, features, gradients, at every size; timm's ConvNeXt is the oracle."""
 
-import re
 from typing import Any
 
 import pytest
 import timm
 import torch
-from helpers import refused, relative_error
+from helpers import in_the_authors_names, refused, relative_error, visible
 from torch import Tensor, nn
 
 import sgconvnext
@@ -15,15 +14,6 @@ from sgconvnext.models.sgconvnext import FURTHER, SIZES
 
 BOUND = 1e-5  # float32, relative
 NARROW = {"depths": (1, 2, 2, 1), "dims": (16, 24, 32, 40)}
-
-
-def visible(model: Any, std: float = 0.05) -> Any:
-    """Random weights of a size at which every layer counts; timm's layer scale of 1e-6 would hide the blocks."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        mean, deviation = (0.0, std) if parameter.ndim > 1 else (1.0, 0.1)
-        nn.init.normal_(parameter, mean, deviation, generator)
-    return model.eval()
 
 
 def theirs(name: str = "convnext_atto", **kwargs: Any) -> Any:
@@ -188,22 +178,12 @@ def test_arguments_are_those_of_timm() -> None:
         assert relative_error(got_map, want) <= BOUND
 
 
-def of_the_authors(model: Any) -> dict[str, Tensor]:
-    """A state dict in the names of ConvNeXt's own code."""
-    state = {}
-    for key, value in model.state_dict().items():
-        key = re.sub(r"stages\.(\d)\.blocks\.(\d+)", r"stages.\1.\2", key)
-        key = re.sub(r"stages\.(\d)\.downsample", r"downsample_layers.\1", key).replace("stem", "downsample_layers.0")
-        key = key.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
-        state[key.replace("head.norm", "norm").replace("head.fc", "head")] = value
-    return state
-
-
 @pytest.mark.parametrize("kwargs", [{}, {"num_classes": 0}, {"in_chans": 2, "num_classes": 5}], ids=str)
 def test_state_dict_tells_what_it_is_of(kwargs: dict[str, Any]) -> None:
     source = theirs(conv_mlp=False, **kwargs)
     x = images(96, 64, channels=kwargs.get("in_chans", 3))
-    for state in (source.state_dict(), of_the_authors(source), {"model": of_the_authors(source)}):
+    authors = in_the_authors_names(source.state_dict())
+    for state in (source.state_dict(), authors, {"model": authors}):
         got = sgconvnext.from_convnext(state)
         assert_same(got, source, x)
         assert not got.pretrained_cfg.get("tag")  # nobody knows whose they are
@@ -293,6 +273,17 @@ def test_way_back_is_refused_where_energy_would_be_lost() -> None:
         conversion.to_convnext(model)
     with refused("row_gap=0", "row_gap=3"):
         conversion.to_convnext(timm.create_model("sgconvnext_atto", **NARROW))
+
+
+def test_energy_outside_the_square_is_that_of_all_other_lags() -> None:
+    """On rows of 3 + 1, offsets of up to one row and column are lags 0, 1, 3, 4, 5 and their negatives."""
+    taps = torch.stack([torch.arange(-11.0, 12), torch.zeros(23)])
+    squares = torch.arange(-11.0, 12).square()
+    near = 2 * (1 + 9 + 16 + 25)
+    want = [1 - near / float(squares.sum()), 0.0]
+    assert convnext.energy_outside(taps, (3, 3), 1, 1).tolist() == pytest.approx(want)
+    causal = convnext.energy_outside(torch.ones(1, 12), (3, 3), 1, 1)
+    assert causal.tolist() == pytest.approx([1 - 5 / 12])
 
 
 @pytest.mark.end_to_end

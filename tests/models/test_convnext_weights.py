@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import refused, relative_error
+from helpers import refused, relative_error, visible
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
@@ -17,15 +17,6 @@ from sgconvnext.models.sgconvnext import MODELS
 
 SLOW = pytest.mark.end_to_end
 GAP3 = [name for name in MODELS if name.endswith("_gap3")]
-
-
-def visible(name: str, **kwargs: Any) -> Any:
-    model: Any = timm.create_model(name, **kwargs)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        mean, deviation = (0.0, 0.05) if parameter.ndim > 1 else (1.0, 0.1)
-        torch.nn.init.normal_(parameter, mean, deviation, generator)
-    return model.eval()
 
 
 @pytest.fixture
@@ -74,7 +65,7 @@ def assert_same(got: Any, want: Any, size: int) -> None:
 )
 def test_every_kind_of_tag_loads_from_the_hubs_cache(tag: str, hub: Path, caplog: pytest.LogCaptureFixture) -> None:
     size, _, name = tag.partition(".")
-    source = visible(f"convnext_{tag}")
+    source = visible(timm.create_model(f"convnext_{tag}"))
     cached(hub, source, f"timm/convnext_{tag}")
     got = timm.create_model(f"sgconvnext_{size}_gap3.{name}", pretrained=True).eval()
     assert_same(got, source, 96)
@@ -106,7 +97,7 @@ def test_every_tag_of_timm_is_there_with_its_configuration() -> None:
 
 
 def test_classes_channels_and_features_are_adapted_as_timm_does(hub: Path) -> None:
-    source = visible("convnext_atto.d2_in1k")
+    source = visible(timm.create_model("convnext_atto.d2_in1k"))
     cached(hub, source, "timm/convnext_atto.d2_in1k")
     for arguments in ({"num_classes": 0}, {"num_classes": 7}, {"in_chans": 1, "num_classes": 0}, {"in_chans": 4}):
         want = timm.create_model("convnext_atto.d2_in1k", pretrained=True, **arguments).eval()
@@ -126,7 +117,7 @@ def test_classes_channels_and_features_are_adapted_as_timm_does(hub: Path) -> No
 
 
 def test_folders_and_files_that_timm_wrote(tmp_path: Path, hub: Path) -> None:
-    source = visible("convnext_atto.d2_in1k", num_classes=10)
+    source = visible(timm.create_model("convnext_atto.d2_in1k", num_classes=10))
     folder = tmp_path / "theirs"
     save_for_hf(source, str(folder), safe_serialization=True)
     file = {"file": str(folder / "model.safetensors"), "num_classes": 10}

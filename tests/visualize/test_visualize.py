@@ -16,7 +16,7 @@ from training_helpers import trained, write_images
 
 from sgconvnext import SGConv2d, figure
 from sgconvnext.longconv import long_conv
-from sgconvnext.models.convnext import mixer_state
+from sgconvnext.models.convnext import energy_outside, mixer_state
 from sgconvnext.models.kernel import lag_taps
 from sgconvnext.visualize import __main__ as main
 from sgconvnext.visualize import features, kernels, pruning
@@ -112,7 +112,7 @@ def test_footprint_of_a_converted_convnext_is_its_7x7_weight_and_zero_elsewhere(
         square = weight[channel, 3 - rows : 4 + rows, 3 - columns : 4 + columns]
         want[size[0] - 1 - rows : size[0] + rows, size[1] - 1 - columns : size[1] + columns] = square
         assert torch.equal(drawn, want)
-        assert kernels.energy_outside(kernels.taps(layer)[channel], size, 3) == 0
+    assert not energy_outside(kernels.taps(layer), size, 3, 3).any()
 
 
 def test_what_grew_around_the_7x7_is_in_the_footprint_and_is_told() -> None:
@@ -122,12 +122,9 @@ def test_what_grew_around_the_7x7_is_in_the_footprint_and_is_told() -> None:
     grown[len(grown) // 2 - (5 * 17 - 6)] = 2.0  # the input five rows below and six columns to the left
     changed = (kernels.footprint(grown, (14, 14), 3) - kernels.footprint(before, (14, 14), 3)).flip(0, 1)
     assert changed.nonzero().tolist() == [[13 + 4, 13 + 11], [13 + 5, 13 - 6]]  # its other side, a row up, too
-    outside = kernels.energy_outside(grown, (14, 14), 3)
-    assert outside == pytest.approx(4 / (4 + float(weight[1].square().sum())))
-
-
-def test_energy_outside_the_square_of_a_causal_kernel_is_of_its_own_lags() -> None:
-    assert kernels.energy_outside(torch.ones(3 * 5), (3, 4), 1) == pytest.approx(1 - 5 / 15)  # of lags 0, 1, 4, 5, 6
+    assert float(energy_outside(grown[None], (14, 14), 3, 3)) == pytest.approx(
+        4 / (4 + float(weight[1].square().sum()))
+    )
 
 
 def test_footprint_of_a_causal_kernel_has_no_offset_ahead() -> None:
@@ -146,7 +143,6 @@ def test_energy_is_kept_by_distance_on_both_sides() -> None:
 def test_kernel_of_zeros_has_no_energy_to_lose() -> None:
     taps = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0, 0.0]])
     assert kernels.energy_kept(taps, 3).tolist() == pytest.approx([0.75, 0.75, 1.0])
-    assert kernels.energy_outside(taps[0], (3, 1), 0) == 0
     for order in pruning.ORDERS:
         assert not pruning.prune(torch.zeros(2, 3, 8), 0.5, order).any()
 
