@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 from .arguments import BUILDER, refuse_unknown
 from .block import SGConvNeXtBlock
-from .convnext import convnext_cfgs
+from .convnext import convnext_cfgs, convnext_name
 from .input_size import MIN_SIZE, STEM_STRIDE, stage_grids
 from .kernel import KERNEL_DEFAULTS
 from .layer import SGConv2d
@@ -52,7 +52,8 @@ class SGConvNeXt(nn.Module):
     """ConvNeXt (arXiv 2201.03545) with every 7x7 depthwise convolution replaced by SGConv2d.
 
     Images (B, in_chans, H, W), H and W at least 32, to logits (B, num_classes). The kernels are built for ``img_size``
-    and keep their 2-D offsets at any other size.
+    and keep their 2-D offsets at any other size. With row_gap=3 and bias=True, every ConvNeXt of the same shape is one
+    setting of the parameters; see `sgconvnext.models.convnext`.
 
     Args:
         in_chans, num_classes: channels of the images; classes of the head, 0 for features.
@@ -97,8 +98,6 @@ class SGConvNeXt(nn.Module):
         refuse_unknown(SGConvNeXt, type(self).__name__, sgconv)
         if len(depths) != 4 or len(dims) != 4:
             raise ValueError(f"depths={tuple(depths)} and dims={tuple(dims)} must name four stages each")
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f"output_stride={output_stride} must be 8, 16 or 32")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
         self.drop_rate, self.head_init_scale = drop_rate, head_init_scale
@@ -110,14 +109,13 @@ class SGConvNeXt(nn.Module):
         self.stages = nn.Sequential()
         self.feature_info: list[dict[str, Any]] = []
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        for i, (grid, strides) in enumerate(zip(stage_grids(img_size), _strides(output_stride), strict=True)):
-            stride, dilation, reduction = strides
+        for i, (stride, dilation, reduction) in enumerate(_strides(output_stride)):
             options = {"ls_init_value": ls_init_value, "norm_eps": norm_eps, **sgconv, **dd}
             stage = SGConvNeXtStage(
                 dims[max(i - 1, 0)],
                 dims[i],
                 depth=depths[i],
-                grid=grid,
+                grid=stage_grids(img_size)[i],
                 stride=stride,
                 dilation=(1 if dilation <= 2 else 2, dilation),
                 drop_path=rates[i],
@@ -250,7 +248,9 @@ class SGConvNeXt(nn.Module):
 
 
 def _strides(output_stride: int) -> list[tuple[int, int, int]]:
-    """Of each stage: its stride, the dilation that it got for strides it had to give up, and its total reduction."""
+    """Of each stage: its stride, the dilation that it has for strides that were given up, and its total reduction."""
+    if output_stride not in (8, 16, 32):
+        raise ValueError(f"output_stride={output_stride} must be 8, 16 or 32")
     strides, reduction, dilation = [(1, 1, STEM_STRIDE)], STEM_STRIDE, 1
     for _ in range(3):
         stride = 2 if reduction < output_stride else 1
@@ -278,19 +278,14 @@ FURTHER: dict[str, dict[str, Any]] = {
 }
 GAP3: dict[str, Any] = {"row_gap": 3, "bias": True}  # with them a kernel can be ConvNeXt's 7x7
 
-# Arguments of every model that timm knows by a name of ours
+# Arguments of every model that is registered with timm
 MODELS: dict[str, dict[str, Any]] = {f"sgconvnext_{size}": dict(shape) for size, shape in SIZES.items()} | {
     f"sgconvnext_{size}_gap3": {**shape, **GAP3} for size, shape in (SIZES | FURTHER).items()
 }
 
 
-def _convnext(name: str) -> str:
-    """timm's ConvNeXt of the same shape."""
-    return name.removeprefix("sg").removesuffix("_gap3")
-
-
-# Of the plain names: no test_input_size, evaluation is at 224 unless asked otherwise. Their url stays empty until
-# weights exist. The weights of the others are ConvNeXt's.
+# The plain names have no weights yet, so no url, and no test_input_size: evaluation is at 224 px unless asked
+# otherwise. The _gap3 names have the cfgs, and so the weights, of timm's ConvNeXt.
 default_cfgs = generate_default_cfgs(
     {
         f"sgconvnext_{size}": {
@@ -313,7 +308,7 @@ default_cfgs = generate_default_cfgs(
         f"{name}.{tag}": cfg
         for name in MODELS
         if name.endswith("_gap3")
-        for tag, cfg in convnext_cfgs(_convnext(name)).items()
+        for tag, cfg in convnext_cfgs(convnext_name(name)).items()
     }
 )
 
@@ -323,9 +318,10 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> SGConvNeXt:
     source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained:
         if not source.has_weights and not source.state_dict:
+            converts = f", or start from ConvNeXt's: {name}_gap3" if f"{name}_gap3" in MODELS else ""
             raise ValueError(
-                f"{name}: no pretrained weights exist yet; use pretrained=False, or name your own file with "
-                f"pretrained_cfg_overlay={{'file': 'PATH', 'num_classes': N}}, or start from ConvNeXt's: {name}_gap3"
+                f"{name}: this model has no pretrained weights; use pretrained=False, or name your own file with "
+                f"pretrained_cfg_overlay={{'file': 'PATH', 'num_classes': N}}{converts}"
             )
         tell_licence(source)
     arguments = MODELS[name] | kwargs
@@ -351,7 +347,7 @@ def _register(name: str) -> None:
 
     gap = ", whose rows are 3 columns apart, so that it takes ConvNeXt's weights" if name.endswith("_gap3") else ""
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"SGConvNeXt with the depths and widths of timm's {_convnext(name)}{gap}."
+    build.__doc__ = f"SGConvNeXt with the depths and widths of timm's {convnext_name(name)}{gap}."
     globals()[name] = register_model(build)
 
 
