@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models._hub import generate_readme
 
 from . import console, export
 from .models import conversion
@@ -86,9 +85,10 @@ def convert(
         export.write_folder(folder, after, metadata, card, described, preprocessing)
     except OSError as failed:
         raise ValueError(f"folder {folder!r} cannot be written ({failed.strerror}); name another") from failed
+    counts = [export.num_parameters(model) for model in (before, after)]
     return (
-        f"{conversion.name_of(before)}, {_parameters(before)} parameters -> {name}, {_parameters(after)}; their "
-        f"outputs on a random image differ by {error:.1e}; load it: import sgconvnext, timm; "
+        f"{conversion.name_of(before)}, {counts[0]} parameters -> {name}, {counts[1]}; "
+        f"their outputs on a random image differ by {error:.1e}; load it: import sgconvnext, timm; "
         f"timm.create_model('local-dir:{folder}', pretrained=True)"
     )
 
@@ -107,31 +107,17 @@ def _read(source: str, ema: bool) -> tuple[Any, dict[str, Any] | None, dict[str,
     return model, described, export.data_config(config)
 
 
-def _parameters(model: Any) -> str:
-    return f"{sum(parameter.numel() for parameter in model.parameters()):,}"
-
-
 def _card(source: str, before: Any, after: Any, error: float) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads, by timm's own helper."""
-    name, licence = after.pretrained_cfg["architecture"], after.pretrained_cfg.get("license")
+    """The card of a converted network, which names the source, its licence and the error."""
     origin = Path(source).name if Path(source).exists() else source  # no more of a path: it is of one machine
-    ours = name.startswith("sgconvnext")
-    return generate_readme(
-        {
-            "tags": ["image-classification", "timm", "transformers"],
-            "library_name": "timm",
-            "license": licence or "unknown",
-            "description": f"`{name}` with the outputs of `{conversion.name_of(before)}`, by sgconvnext.convert.",
-            "details": {
-                "Source": f"{origin}, licence {licence or 'unknown'}",
-                "Parameters": f"{_parameters(after)} (source: {_parameters(before)})",
-                "Difference": f"{error:.1e}, relative, of features and outputs in float32 on a random image",
-            },
-            "usage": export.usage(ours),
-        }
-        | ({"citation": export.SGCONV} if ours else {}),
-        name,
-    )
+    details = {
+        "Source": f"{origin}, licence {after.pretrained_cfg.get('license') or 'unknown'}",
+        "Parameters": f"{export.num_parameters(after)} (source: {export.num_parameters(before)})",
+        "Difference": f"{error:.1e}, relative, of features and outputs in float32 on a random image",
+    }
+    name = after.pretrained_cfg["architecture"]
+    outputs = f"`{name}` with the outputs of `{conversion.name_of(before)}`, by sgconvnext.convert."
+    return export.card(after, outputs, details)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def model_config(class_to_idx: dict[str, int] | None, classes: Any) -> dict[str,
 
 
 def model_card(state: dict[str, Any], config: Config, model: nn.Module, ema: bool) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads, by timm's own helper.
+    """The card of a run's weights.
 
     Args:
         state: the checkpoint.
@@ -192,32 +192,46 @@ def model_card(state: dict[str, Any], config: Config, model: nn.Module, ema: boo
         model: with the weights.
         ema: they are the average.
     """
+    average = "their average (EMA)" if ema else "as trained"
+    details = {
+        "Parameters": num_parameters(model),
+        "Weights": f"{average}, after {state['epoch'] + 1} epochs of {config.epochs}",
+        "Trained on": _data(state, config),
+        "Results on the validation images": _results(state, ema),
+        "Recipe": f"global batch {config.optim.global_batch}, peak learning rate {config.optim.lr:g}, "
+        f"weight decay {config.optim.weight_decay:g}, {config.run.precision}, seed {config.seed}",
+    }
+    source: Any = model.pretrained_cfg
+    return card(model, f"`{source['architecture']}`, trained with SGConvNeXt's train.py.", details)
+
+
+def card(model: nn.Module, description: str, details: dict[str, str]) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads, by timm's own helper.
+
+    Args:
+        model: whose architecture and licence the card names; how to load it follows from them.
+        description: of the model, in one sentence.
+        details: what else is told, by name.
+    """
     source: Any = model.pretrained_cfg
     arch = source["architecture"]
-    ours = arch.partition("_")[0] == "sgconvnext"
-    card: dict[str, Any] = {
+    ours = arch.startswith("sgconvnext_")
+    imports = "import sgconvnext, timm  # sgconvnext registers the model" if ours else "import timm"
+    wrapped = "import sgconvnext, transformers" if ours else "import transformers"
+    content: dict[str, Any] = {
         "tags": ["image-classification", "timm", "transformers"],
         "library_name": "timm",
         "license": source.get("license") or "unknown",
-        "description": f"`{arch}`, trained with SGConvNeXt's train.py.",
-        "details": {
-            "Parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-            "Weights": f"{'their average (EMA)' if ema else 'as trained'}, after {state['epoch'] + 1} epochs of "
-            f"{config.epochs}",
-            "Trained on": _data(state, config),
-            "Results on the validation images": _results(state, ema),
-            "Recipe": f"global batch {config.optim.global_batch}, peak learning rate {config.optim.lr:g}, "
-            f"weight decay {config.optim.weight_decay:g}, {config.run.precision}, seed {config.seed}",
-        },
-        "usage": usage(ours),
+        "description": description,
+        "details": details,
+        "usage": USAGE.format(imports=imports, wrapped=wrapped),
     }
-    return generate_readme(card | ({"citation": SGCONV} if ours else {}), arch)
+    return generate_readme(content | ({"citation": SGCONV} if ours else {}), arch)
 
 
-def usage(ours: bool) -> str:
-    """How to load a folder, with timm and with transformers."""
-    imports = "import sgconvnext, timm  # sgconvnext registers the model" if ours else "import timm"
-    return USAGE.format(imports=imports, wrapped="import sgconvnext, transformers" if ours else "import transformers")
+def num_parameters(model: nn.Module) -> str:
+    """Parameters of a model, with a comma after the thousands."""
+    return f"{sum(parameter.numel() for parameter in model.parameters()):,}"
 
 
 def _data(state: dict[str, Any], config: Config) -> str:
