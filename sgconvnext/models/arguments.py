@@ -12,7 +12,7 @@ from .kernel import KERNEL_DEFAULTS
 
 # Arguments of timm's ConvNeXt, and of other models, that have no meaning here, and why
 WITHOUT_MEANING = {
-    "scale_dim": "the kernels of all stages have the same number of scales; use num_scales",
+    "scale_dim": "every stage has another d, which follows from num_scales and img_size; use num_scales",
     "kernel_sizes": "every kernel is as long as its map; num_scales and img_size say how many parameters it has",
     "patch_size": "the stem always has 4x4 patches; dims and depths are what can be changed",
     "stem_type": "the stem is always ConvNeXt's patches of 4x4",

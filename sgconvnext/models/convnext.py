@@ -38,17 +38,17 @@ def convnext_cfgs(arch: str) -> dict[str, Any]:
 def convert_state(state: Mapping[str, Any], model: "SGConvNeXt", place: str) -> dict[str, Any]:
     """A ConvNeXt's state dict as one of an SGConvNeXt, with the same outputs in evaluation.
 
-    The first d taps of a side go to w_0, the next to w_1. kernel_norm becomes 1: a tap of the 7x7 then is a parameter,
-    and an optimiser's step moves it as far as in ConvNeXt. The skip and every other tap are 0.
+    The first d taps of a side go to w_0, the next d to w_1. kernel_norm becomes 1: a parameter of w_0 then is a tap of
+    the 7x7, and an optimiser's step moves it as far as in ConvNeXt. The skip and every other tap are 0.
 
     Args:
-        state: of a ConvNeXt; where its shape is another than the model's, it stays as it is.
+        state: of a ConvNeXt, in the names that `in_timms_names` takes.
         model: built for the image size that the kernels are made for, with row_gap and bias.
         place: what an error begins with.
 
     Raises:
-        ValueError: a variant that the network is not (V2, another stem or norm), or a kernel that the model's do not
-            hold.
+        ValueError: a ConvNeXt of another structure (V2, another stem or norm), of other depths or widths, or with
+            kernels that the model's cannot hold.
     """
     state = in_timms_names(state, model, place)
     shapes = [{key: value.shape for key, value in each.items()} for each in (model.state_dict(), state)]
@@ -107,12 +107,20 @@ def flat(key: str, value: Tensor) -> Tensor:
 
 
 def mixer_state(weight: Tensor, layer: SGConv2d, place: str = "conv_dw") -> dict[str, Tensor]:
-    """Parameters and norm of the layer that convolves as a depthwise convolution of that weight (C, 1, k, k) does.
+    """State of a layer, but for the bias, with which it is the k x k depthwise convolution of a weight.
 
     Offsets that no two pixels of the layer's map have are left out.
 
+    Args:
+        weight: (C, 1, k, k), k odd.
+        layer: whose shapes and options count, not its values.
+        place: what an error begins with.
+
+    Returns:
+        weight, skip and kernel_norm.
+
     Raises:
-        ValueError: the layer's taps cannot hold it.
+        ValueError: the layer's taps cannot hold the convolution.
     """
     reach = _reach(weight, layer, place)
     height, width = layer.input_size
@@ -135,7 +143,7 @@ def mixer_state(weight: Tensor, layer: SGConv2d, place: str = "conv_dw") -> dict
 
 
 def _reach(weight: Tensor, layer: SGConv2d, place: str) -> int:
-    """k // 2 of a weight that the layer can hold."""
+    """k // 2 of a weight (C, 1, k, k); refused where the layer's rows, bias or directions cannot hold it."""
     size = tuple(weight.shape[2:])
     if weight.ndim != 4 or weight.shape[1] != 1 or size[0] != size[1] or size[0] % 2 == 0:
         raise ValueError(f"{place} has a kernel of {tuple(weight.shape)}, which is no depthwise one of odd size")

@@ -1,7 +1,7 @@
-"""Another image size than the one that the kernels are built for: two policies.
+"""Another image size than the one that the kernels are built for: two rules.
 
-`resize_taps` is what a forward does at another size: every tap keeps its 2-D offset, and nothing is trained anew.
-`stretch` is what `set_input_size` does once, before fine-tuning: every offset of the new size gets a parameter.
+`resize_taps` keeps the 2-D offset of every tap. A forward pass at another size uses it, and so does `set_input_size`
+if there is a gap between the rows. `stretch` interpolates the parameters; `set_input_size` uses it without a gap.
 """
 
 import torch
@@ -33,10 +33,12 @@ def map_size(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def scale_dim_with_gap(height: int, width: int, row_gap: int) -> int:
-    """d of a layer whose rows are g columns apart: d = max(ceil(L / 16), ceil((g (W + g) + g + 1) / 2)), at most L.
+    """d of a layer whose rows are g columns apart: the least that holds a (2g+1) x (2g+1) kernel, but at least L/16.
 
-    L = H (W + g). The first two scales have a parameter for every tap. With this d they reach the lags of a
-    (2g+1) x (2g+1) kernel, of which the farthest is g (W + g) + g.
+        d = max(ceil(L / 16), ceil((g (W + g) + g + 1) / 2)), at most L;   L = H (W + g)
+
+    The 2d taps of the first two scales have a parameter each. They include lag g (W + g) + g, the farthest one of that
+    kernel.
     """
     length = height * (width + row_gap)
     reach = row_gap * (width + row_gap) + row_gap + 1
@@ -54,7 +56,7 @@ def resize_taps(taps: Tensor, built: tuple[int, int], size: tuple[int, int], row
     Args:
         taps: built for a map of ``built`` = (H0, W0), L0 = H0 (W0 + g): (C, 2 L0 - 1), or (C, L0) when causal.
         built: (H0, W0).
-        size: (H, W) of the new map, L = H (W + g); with size == built and no gap the taps stay as they are.
+        size: (H, W) of the new map, L = H (W + g); without a gap, size == built leaves the taps as they are.
         row_gap: g, zero columns between two rows.
 
     Returns:
@@ -67,7 +69,7 @@ def resize_taps(taps: Tensor, built: tuple[int, int], size: tuple[int, int], row
     index = dy * built_row + dx - (0 if causal else 1 - built_length)
     half = built_row // 2
     trained = (dx >= -half) & (dx < built_row - half) & (index >= 0) & (index < taps.shape[-1])
-    if row_gap > 0:  # where the built map has no two pixels, its taps met zeros only
+    if row_gap > 0:  # no two pixels of the built map are so far apart: these taps met zeros only, and learnt nothing
         trained = trained & (dy.abs() < built[0]) & (dx.abs() < built[1])
     return torch.where(trained, taps.index_select(1, index.clamp(0, taps.shape[-1] - 1)), 0.0)
 

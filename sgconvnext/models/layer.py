@@ -69,7 +69,8 @@ class SGConv(KernelGenerator):
         K[lag] = k+[lag] for lag >= 0,  k-[-lag-1] for lag < 0 (zero unless bidirectional)
         k = (1/Z) [k_0, ..., k_{N-1}],  k_i = alpha^i Upsample_{2^max(i-1,0) d}(w_i)
 
-    Z makes the L2 norm of every kernel 1 at initialisation and is a constant from then on.
+    Z (``kernel_norm``) makes the L2 norm of every kernel 1 at initialisation and is a constant from then on. With the
+    weights of a ConvNeXt it is 1, see `sgconvnext.models.convnext`.
 
     Args:
         channels: C.
@@ -193,10 +194,11 @@ def _join_phases(x: Tensor, dilation: int, size: tuple[int, int]) -> Tensor:
 class SGConv2d(KernelGenerator):
     """Global depthwise convolution of feature maps: flatten row by row, SGConv, unflatten (section 4.3.2).
 
-    The equation is SGConv's with L = H*(W + g) and t = row * (W + g) + column. The g zero columns of ``row_gap`` are
-    appended to every row before flattening, and dropped afterwards: an offset of up to g columns then ends on a pixel
-    of the same row, or on a zero. So a (2g+1) x (2g+1) depthwise convolution with zero padding is one setting of the
-    taps, see `sgconvnext.models.convnext`. Without a gap, the pixel after the last of a row is the first of the next.
+    The equation is SGConv's, plus the bias, with L = H (W + g) and t = row * (W + g) + column. The g zero columns of
+    ``row_gap`` are appended to every row before flattening, and dropped afterwards: an offset of up to g columns then
+    ends on a pixel of the same row, or on a zero. So a (2g+1) x (2g+1) depthwise convolution with zero padding is one
+    setting of the taps, see `sgconvnext.models.convnext`. Without a gap, the pixel after the last one of a row is the
+    first one of the next row.
 
     The kernel is built for ``input_size`` and usable at any H, W: at another size the taps keep their 2-D offsets,
     see `resize_taps`.
@@ -206,7 +208,7 @@ class SGConv2d(KernelGenerator):
         input_size: H, W (or one int for a square) that the kernel is built for.
         num_scales: N; d = ceil(L / 2^(N-1)) follows. With neither N nor d given, N = 5 without a gap; with one, d is
             what `scale_dim_with_gap` says.
-        scale_dim: d; N follows.
+        scale_dim: d; N = 1 + ceil(log2(L / d)) follows.
         row_gap: g, zero columns between two rows.
         bias: whether a ``bias`` (C) is added to y; 0 at first.
         bidirectional: the default, because an image has no causal order.
@@ -266,7 +268,8 @@ class SGConv2d(KernelGenerator):
         self.dilation = dilation
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.register_parameter("bias", nn.Parameter(torch.empty(channels, **dd)) if bias else None)
-        self.num_scales = None if self_scaled and row_gap > 0 else int(self.weight.shape[1])  # None: from the size
+        # None: N and d follow from the input size
+        self.num_scales = None if self_scaled and row_gap > 0 else int(self.weight.shape[1])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -310,8 +313,8 @@ class SGConv2d(KernelGenerator):
         """Tell that a state dict is of another input size, where torch would tell two shapes."""
         own = torch.Size() if self.taps is not None else self.weight.shape
         theirs = getattr(state.get(f"{prefix}weight"), "shape", own)
-        following = 3 if self.num_scales else 1  # the dimension, of N or d, from which on the input size decides
-        if len(theirs) == len(own) and theirs != own and theirs[2] == own[2] and theirs[:following] == own[:following]:
+        fixed = 3 if self.num_scales else 1  # dimensions before d, or before N, which follows from the input size
+        if len(theirs) == len(own) and theirs != own and theirs[2] == own[2] and theirs[:fixed] == own[:fixed]:
             *_, errors = args
             errors.append(
                 f"{prefix[:-1]}: the state dict has {theirs[1]} scales of {theirs[3]} taps, the layer {own[1]} of "
@@ -334,11 +337,14 @@ class SGConv2d(KernelGenerator):
     def set_input_size(self, input_size: int | tuple[int, int]) -> None:
         """Rebuild the parameters for another input size. Every offset of the new map then has a trainable tap.
 
-        Without a gap, N stays, every w_i is interpolated linearly to ceil(H*W / 2^(N-1)) taps, and kernel_norm follows
-        so that each kernel keeps its L2 norm. With one, the taps keep their 2-D offsets as in a forward pass at that
-        size, N and d follow the size, and the weight is the one whose kernel is nearest: it is the same where these
-        taps lie on the first two scales, as those of a converted ConvNeXt do. Call it before the optimiser is made:
-        the parameters are new ones.
+        Without a gap, N stays, every w_i is interpolated linearly to ceil(H*W / 2^(N-1)) taps, and kernel_norm is
+        scaled so that each kernel keeps its L2 norm.
+
+        With a gap, the taps keep their 2-D offsets, as in a forward pass at that size. N and d are those of
+        `scales_at`. The new weight is the one whose kernel is nearest to these taps. It has exactly these taps if they
+        lie on the first two scales, as those of a converted ConvNeXt do.
+
+        Call it before the optimiser is made: the parameters are new ones.
         """
         height, width = map_size(input_size)
         self.refuse_reparameterized("be rebuilt for another input size")

@@ -1,4 +1,4 @@
-"""Weights on their way into a model that timm builds: checked key by key, resized where its img_size is another."""
+"""Weights on their way into a model that timm builds: a ConvNeXt's are converted, ours resized, and all checked."""
 
 import contextlib
 import logging
@@ -64,11 +64,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: "SGConvNeXt", strict
 
 
 def tell_licence(source: Any) -> None:
-    """Log the licence of weights that asks for more than its own text; it goes with what is made of them."""
+    """Warn of a licence that is not one of FREE: it also holds for what is made of the weights."""
     if source.license and source.license not in FREE:
         terms = f" ({source.origin_url})" if source.origin_url else ""
         _logger.warning(
-            "%s: the weights%s are under %s%s; so is what you make of them",
+            "%s: the weights%s are under the licence %s%s, and so is what you make of them",
             *(source.architecture, f" {source.hf_hub_id}" if source.hf_hub_id else "", source.license, terms),
         )
 
