@@ -121,8 +121,20 @@ def from_spec(spec: str, img_size: tuple[int, int] | None = None) -> nn.Module:
     Raises:
         ValueError: an unknown model, or an argument that it refuses.
     """
+    name, arguments = parse_spec(spec)
+    if img_size and has_input_size(name):
+        arguments = {"img_size": img_size} | arguments
+    return from_timm(name, arguments)
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of a model as `from_spec` takes them.
+
+    Raises:
+        ValueError: no key=value, or a value of None.
+    """
     name, *pairs = re.split(r",(?![^\[(]*[\])])", spec)  # a comma in brackets does not separate
-    arguments: dict[str, Any] = {"img_size": img_size} if img_size and has_input_size(name) else {}
+    arguments: dict[str, Any] = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not key or not separator:
@@ -133,7 +145,7 @@ def from_spec(spec: str, img_size: tuple[int, int] | None = None) -> nn.Module:
             arguments[key] = value
         if arguments[key] is None:
             raise ValueError(f"model {spec!r}: timm passes no None on to a model; leave {key} out")
-    return from_timm(name, arguments)
+    return name, arguments
 
 
 def _arguments(config: Config, classes: int, start: bool) -> dict[str, Any]:

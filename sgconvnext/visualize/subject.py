@@ -23,7 +23,10 @@ UNTRAINED_CONVNEXT = "convnext_tiny"
 
 @dataclass(frozen=True)
 class Subject:
-    """A network in evaluation mode; ``config`` is of the run that trained it, None where there is none."""
+    """A network in evaluation mode.
+
+    ``config`` is of the run that trained it; None for timm's name of a model, which may have ``pretrained`` weights.
+    """
 
     name: str
     model: Any
@@ -83,7 +86,7 @@ class Subject:
             ValueError: the network is of no run, or the run's data are not there.
         """
         if self.config is None:
-            raise ValueError(f"{self.title}, is of no run, so it has no validation images; name a checkpoint")
+            raise ValueError(f"{self.title}: no run trained it, so there are no validation images; name a checkpoint")
         split = data.create_split(self.config, train=False)
         if not isinstance(split.dataset, Images):
             raise ValueError(
@@ -129,7 +132,8 @@ def load(spec: str, ema: bool = False, overrides: Sequence[str] = ()) -> Subject
     if ema or overrides:
         raise ValueError(f"{spec} is no checkpoint: --use-ema and --set are about the run of one")
     torch.manual_seed(0)
-    return Subject(name, build.from_spec(spec).eval(), None, ",pretrained=True" in spec)
+    _, arguments = build.parse_spec(spec)
+    return Subject(name, build.from_spec(spec).eval(), None, bool(arguments.get("pretrained")))
 
 
 def untrained_convnext(subject: Subject) -> Subject:

@@ -341,7 +341,7 @@ def test_network_without_stage_outputs_is_refused() -> None:
         "no kernels": (["kernels", "convnext_atto"], ["convnext_atto", "no SGConv layer"]),
         "block": (["kernels", SMALL, "--block", "2"], ["--block 2", "1 block"]),
         "block 0": (["footprint", SMALL, "--block", "0"], ["--block", "0"]),
-        "untrained": (["pruning", SMALL], ["sgconvnext_atto, untrained, is of no run", "name a checkpoint"]),
+        "untrained": (["pruning", SMALL], ["sgconvnext_atto, untrained: no run trained it", "name a checkpoint"]),
         "reach": (["footprint", SMALL, "--reach", "0"], ["--reach", "at least 1"]),
         "average": (["kernels", SMALL, "--use-ema"], ["--use-ema", "no checkpoint"]),
         "knobs": (["erf", SMALL, "--set", "data.root=x"], ["--set", "no checkpoint"]),
