@@ -2,7 +2,7 @@
 
     python -m sgconvnext.convert convnext_tiny.fb_in1k converted/tiny
     python -m sgconvnext.convert runs/convnext/best.pth converted/mine
-    python -m sgconvnext.convert --to-convnext converted/mine converted/back
+    python -m sgconvnext.convert --to-convnext local-dir:converted/mine converted/back
 
     import sgconvnext, timm
     model = timm.create_model("local-dir:converted/tiny", pretrained=True)
@@ -47,7 +47,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--use-ema", action="store_true", help="of a checkpoint: the average of the weights")
     parser.add_argument(
-        "--to-convnext", action="store_true", help="SOURCE is an SGConvNeXt with no energy outside of the 7x7"
+        "--to-convnext",
+        action="store_true",
+        help="write an SGConvNeXt without taps outside of the 7x7 as a ConvNeXt",
     )
     return parser.parse_args()
 

@@ -138,11 +138,12 @@ def count(model: nn.Module, images: Tensor) -> Count:
                 stage, part = place
                 for found, cost in _costs(name, part, flops, activations, calls).items():
                     costs[stage, found] += cost
-                costs[stage, part].parameters += num_parameters(module)
+                own = num_parameters(module)
                 if isinstance(module, SGConv2d):  # all parameters of the layer but the bias make its taps
-                    making = num_parameters(module) - (0 if module.bias is None else module.channels)
-                    costs[stage, part].parameters -= making
-                    costs[stage, KERNEL].parameters += making
+                    bias = 0 if module.bias is None else module.channels
+                    costs[stage, KERNEL].parameters += own - bias
+                    own = bias
+                costs[stage, part].parameters += own
         for name, parameter in model.named_parameters():
             if place := _place(name):
                 costs[place].parameters += parameter.numel()

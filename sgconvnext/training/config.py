@@ -46,7 +46,7 @@ class ModelConfig:
     new_head: bool = knob(
         False, "leave the classifier of model.checkpoint out, to train on other classes", resume="free"
     )
-    pretrained: bool = knob(False, "timm's pretrained weights of this model", resume="free")
+    pretrained: bool = knob(False, "timm's pretrained weights (of _gap3 models, ConvNeXt's)", resume="free")
     grad_checkpointing: bool = knob(False, "recompute activations in backward: less memory, a third slower")
     channels_last: bool = knob(False, "NHWC memory format")
     compile: bool = knob(False, "torch.compile the model")
@@ -148,7 +148,7 @@ class OptimConfig:
         "PATTERN=FACTOR, ...: factors on lr, by shell patterns of parameter names; the first match counts",
         Limits(are_factors, f"PATTERN=FACTOR, ... with factors of {FACTORS}, as in *.sgconv.weight=10"),
     )
-    no_weight_decay: str = knob("", "PATTERN, ...: parameters, by name, that weight_decay spares too")
+    no_weight_decay: str = knob("", "PATTERN, ...: shell patterns of further parameters without weight decay")
     clip_grad: float | None = knob(
         None,
         "largest L2 norm of the gradient, in every precision; null: no clipping",

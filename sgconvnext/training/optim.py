@@ -52,7 +52,7 @@ def learning_rates(optim: OptimConfig, epochs: int, updates_per_epoch: int) -> N
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Give every group the learning rate times its ``lr_scale``, see `param_groups`; ConvNeXt scales min_lr too."""
+    """Give every group the learning rate times its ``lr_scale``, see `param_groups`; as in ConvNeXt, min_lr too."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -87,7 +87,14 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def refuse_other_groups(model: nn.Module, before: OptimConfig, now: OptimConfig) -> None:
-    """Refuse knobs that group the parameters otherwise: AdamW's averages are kept by the place in the groups.
+    """Refuse knobs that would group the parameters otherwise than the checkpoint's.
+
+    AdamW's averages are stored by the place in the groups. `load_state` sees only how many places there are.
+
+    Args:
+        model: whose parameters are grouped.
+        before: the knobs of the checkpoint's run.
+        now: those of this run.
 
     Raises:
         ValueError: naming the knobs that group.

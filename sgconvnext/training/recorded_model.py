@@ -63,10 +63,7 @@ class RecordedModel(NamedTuple):
         for key in sorted(keys - uncompared):
             then, here = (_plain(given.get(key, defaults.get(key))) for given in (self.arguments, arguments))
             if then != here and not key.endswith("_drop_rate"):
-                raise ValueError(
-                    f"checkpoint {path!r} was trained with {key}={then}, this model has {key}={here}, which would "
-                    f"compute something else with the same weights; use model.kwargs={{{key}: {then}}}"
-                )
+                raise _another_value(path, key, then, here, f"use model.kwargs={{{key}: {then}}}")
 
     def is_convnext_of(self, name: str) -> bool:
         """Whether the checkpoint is of the ConvNeXt whose weights the model of that name converts."""
@@ -93,10 +90,14 @@ class RecordedModel(NamedTuple):
             cure = "no SGConvNeXt computes the same"
             if key in SHARED:
                 cure = f"use model.kwargs={{{key}: {then}}}" if key in self.arguments else f"leave {key} out"
-            raise ValueError(
-                f"checkpoint {path!r} was trained with {key}={then}, this model has {key}={here}, which would "
-                f"compute something else with the same weights; {cure}"
-            )
+            raise _another_value(path, key, then, here, cure)
+
+
+def _another_value(path: str, key: str, then: Any, here: Any, cure: str) -> ValueError:
+    return ValueError(
+        f"checkpoint {path!r} was trained with {key}={then}, this model has {key}={here}, which would compute "
+        f"something else with the same weights; {cure}"
+    )
 
 
 def recorded_model(state: dict[str, Any]) -> RecordedModel | None:
