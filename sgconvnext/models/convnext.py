@@ -78,7 +78,7 @@ def in_timms_names(state: Mapping[str, Any], model: Any, place: str) -> dict[str
         place: what an error begins with.
 
     Raises:
-        ValueError: the state has not the shapes of the model.
+        ValueError: the shapes of the state are not those of the model.
     """
     try:
         named: dict[str, Any] = timms_names(dict(state), model)
