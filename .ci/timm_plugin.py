@@ -7,7 +7,7 @@ from timm.models import _registry
 
 from sgconvnext.models.sgconvnext import SIZES
 
-MODELS = [f"sgconvnext_{size}" for size in SIZES]
+MODELS = [f"sgconvnext_{size}" for size in SIZES] + ["sgconvnext_atto_gap3", "sgconvnext_tiny_gap3"]
 MIN_TESTS = 10  # per model; timm 1.0.31 has 11
 REQUIRED_TESTS = {"test_model_forward_intermediates", "test_model_forward_torchscript", "test_model_forward_fx"}
 
