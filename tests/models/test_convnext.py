@@ -239,9 +239,13 @@ def test_kernels_for_small_images_lack_what_their_maps_lack(caplog: pytest.LogCa
 def test_it_stays_the_convnext_at_another_input_size() -> None:
     source = theirs()
     got = sgconvnext.from_convnext(source)
-    got.set_input_size((288, 192))
-    for size in ((288, 192), (96, 96), (320, 64)):
-        assert_same(got, source, images(*size))
+    for built in ((288, 192), (128, 160)):
+        got.set_input_size(built)
+        for size in (built, (96, 96), (320, 64)):
+            assert_same(got, source, images(*size))
+        want = sgconvnext.from_convnext(source, img_size=built).state_dict()
+        for key, value in got.state_dict().items():
+            assert torch.allclose(value, want[key], rtol=1e-6, atol=0), key
 
 
 def test_reparameterized_it_is_the_same() -> None:
