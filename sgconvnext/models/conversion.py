@@ -224,7 +224,8 @@ def _checked(before: Any, after: Any) -> float:
         with torch.no_grad():
             features = model.forward_features(image)
             outputs.append((features, model.forward_head(features)))
-    error = max(float((a - b).norm() / a.norm()) for a, b in zip(*outputs, strict=True))
+    errors = [(a - b).norm() / a.norm().clamp_min(1e-30) for a, b in zip(*outputs, strict=True)]
+    error = float(torch.stack(errors).max())  # NaN stays NaN
     if not error <= LARGEST_ERROR:
         raise ValueError(
             f"{name_of(before)}: the converted network's outputs differ by {error:.1e}, more than {LARGEST_ERROR:g}; "

@@ -301,3 +301,15 @@ def test_further_names_have_the_shape_of_timms(size: str) -> None:
     assert got == want
     eps = [{each.eps for each in model.modules() if isinstance(each, nn.LayerNorm)} for model in (ours, source)]
     assert eps[0] == eps[1]
+
+
+@pytest.mark.parametrize("broken", ["head.fc.weight", "stages.3.blocks.0.mlp.fc2.bias"])
+def test_a_network_that_computes_nan_is_refused_and_one_that_computes_zero_is_not(broken: str) -> None:
+    source = theirs()
+    for name in ("head.fc.weight", "head.fc.bias"):
+        nn.init.zeros_(source.get_parameter(name))
+    sgconvnext.from_convnext(source)
+    with torch.no_grad():
+        source.get_parameter(broken).flatten()[0] = float("nan")
+    with refused("NaN"):
+        sgconvnext.from_convnext(source)
