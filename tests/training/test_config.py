@@ -155,7 +155,7 @@ def test_start_from_convnext_has_the_values_of_its_fine_tuning_at_224_px() -> No
         "model.name": "sgconvnext_tiny_gap3.fb_in1k",
         "model.pretrained": True,
         "optim.batch_per_device": 64,
-        "optim.lr_scale": "*.sgconv.weight=10",
+        "optim.lr_scale": "*.sgconv.weight=4",
         "optim.no_weight_decay": "*.sgconv.weight",
     }
 
@@ -165,7 +165,7 @@ def test_every_value_of_the_start_from_convnext_has_its_reason() -> None:
     values = [line for line in lines if re.match(r" *\w+: *[^ #]", line) and not line.startswith("out:")]
     bare = [line for line in values if "#" not in line]
     assert len(values) > 12
-    assert [line.strip() for line in bare] == ["mixup: 0.0", "cutmix: 0.0", "lr_scale: '*.sgconv.weight=10'"]  # above
+    assert [line.strip() for line in bare] == ["mixup: 0.0", "cutmix: 0.0", "lr_scale: '*.sgconv.weight=4'"]  # above
 
 
 def test_start_from_convnext_names_a_model_and_parameters_that_exist() -> None:
@@ -179,7 +179,7 @@ def test_start_from_convnext_names_a_model_and_parameters_that_exist() -> None:
     assert {group["weight_decay"] for group, _ in found} == {0.0}
     for group, name in found:
         layer = {"0": 1, "1": 2, "3": 6}.get(name.split(".")[1], 3 + int(name.split(".")[3]) // 3)
-        assert group["lr_scale"] == pytest.approx(10 * 0.7 ** (7 - layer), rel=1e-12)
+        assert group["lr_scale"] == pytest.approx(4 * 0.7 ** (7 - layer), rel=1e-12)
 
 
 # ---- knobs
