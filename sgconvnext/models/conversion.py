@@ -127,13 +127,13 @@ def convnext(source: Any, pretrained: bool = False) -> Any:
         raise ValueError(
             f"{name_of(model)} is a {type(model).__name__}, and not a ConvNeXt of timm; if it wraps one, give that"
         )
+    if told := refusal(model.state_dict()):
+        raise ValueError(f"{name_of(model)} {told}")
     if len(model.stages) != 4 or not _is_timms(model.head):
         raise ValueError(
             f"{name_of(model)} is pruned, or has another head than timm's; convert a ConvNeXt as timm builds it, then "
             "prune it or replace its head"
         )
-    if told := refusal(model.state_dict()):
-        raise ValueError(f"{name_of(model)} {told}")
     probe = torch.linspace(-3, 3, 61)
     if not all(torch.equal(block.mlp.act(probe), F.gelu(probe)) for stage in model.stages for block in stage.blocks):
         raise ValueError(f"{name_of(model)} has another activation than GELU; no SGConvNeXt computes the same")
@@ -150,7 +150,7 @@ def _of_state(state: dict[str, Any], arch: str = "", **settings: Any) -> Any:
     """timm's ConvNeXt with the weights of a state dict."""
     place = "the state dict"
     state = dict(state["model"]) if isinstance(state.get("model"), Mapping) else state
-    if told := fit.no_tensors(state):
+    if state and (told := fit.no_tensors(state)):
         raise ValueError(f"{place} {told}")
     blocks = {}
     for key, value in state.items():
