@@ -77,7 +77,7 @@ def convert(
     if to_convnext:
         after, error = conversion.to_convnext(before)
     else:
-        sized = {"img_size": (*img_size, *img_size)[:2]} if img_size else {}
+        sized = {"img_size": tuple(img_size) if len(img_size) > 1 else img_size[0]} if img_size else {}
         after, error = conversion.convert(conversion.convnext(before), **sized)
     arguments = {key: value for key, value in after._model_args.items() if key != "num_classes"}
     name = after.pretrained_cfg["architecture"]
@@ -100,7 +100,9 @@ def _read(source: str, ema: bool) -> tuple[Any, dict[str, Any] | None, dict[str,
     if ":" in source or timm.is_model(source):
         return build.from_timm(source, {"pretrained": True}, "SOURCE "), None, None
     if not Path(source).is_file():
-        raise ValueError(f"SOURCE {source!r} is neither a model of timm nor a file")
+        raise ValueError(
+            f"SOURCE {source!r} is neither a model of timm nor a file; of a folder, write local-dir:FOLDER"
+        )
     state = checkpoint.load(source)
     if "args" not in state:
         return conversion.convnext(checkpoint.weights(state, ema, source)), None, None

@@ -35,7 +35,7 @@ def refuse_misfit(model: nn.Module, found: Mapping[str, Any], place: str, skip: 
     def kept(tensors: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in tensors.items() if not any(within(key, name) for name in skip)}
 
-    told = _no_tensors(found)
+    told = no_tensors(found)
     if not told:
         own, given = kept(model.state_dict()), kept(found)
         shapes = [{key: value.shape for key, value in tensors.items()} for tensors in (own, given)]
@@ -78,7 +78,8 @@ def within(key: str, module: str) -> bool:
     return key == module or key.startswith(module + ".")
 
 
-def _no_tensors(found: Mapping[str, Any]) -> str:
+def no_tensors(found: Mapping[str, Any]) -> str:
+    """Why these are not weights by name; empty if they are."""
     if not found:
         return "has no weights for this model; name another file"
     for key, value in found.items():
@@ -204,6 +205,8 @@ def _other_classes(model: Any, own: Shapes, found: Shapes) -> str:
     if not any(within(key, name) for key in found for name in names):
         return f"has no classifier ({', '.join(names)}); model.new_head=true starts from it with a new one"
     theirs, ours = (shapes[differ[0]][0] if differ[0] in shapes else 0 for shapes in (found, own))
+    if theirs in (0, ours):  # a part of a classifier, or one of another kind
+        return ""
     return (
         f"has a classifier ({differ[0]}) of {theirs} classes, the model of {ours}; model.new_head=true starts from it "
         "with a new classifier"

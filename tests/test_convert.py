@@ -94,7 +94,11 @@ def test_what_cannot_be_converted_leaves_no_folder(tmp_path: Path) -> None:
     with refused("row_gap=0"):
         convert(path, folder, to_convnext=True)
     assert not Path(folder).exists()
+    with refused("SOURCE", "local-dir:FOLDER"):
+        convert(str(tmp_path), folder)
     path, _, _ = run_of_convnext(tmp_path)
+    with refused("img_size=(64, 64, 3)"):
+        convert(path, folder, [64, 64, 3])
     convert(path, folder)
     with refused("already holds model.safetensors"):
         convert(path, folder)

@@ -9,11 +9,12 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import NormMlpClassifierHead
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from .. import fit
-from ..errors import one_line
+from ..errors import UnknownArgumentError, one_line
 from .arguments import SGCONV
 from .convnext import convnext_name, convolution_weight, in_timms_names, refusal
 from .input_size import STEM_STRIDE
@@ -24,6 +25,7 @@ _logger = logging.getLogger(__name__)
 
 LARGEST_ERROR = 1e-4  # of the outputs, relative to their size; that of a right conversion is below 1e-6
 LOST = 1e-12  # share of a kernel's energy that is rounding
+GIVEN = ("model_name", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")  # by the source
 SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "state_dict", "source", "architecture", "custom_load")
 
 
@@ -50,15 +52,19 @@ def from_convnext(source: str | nn.Module | Mapping[str, Tensor], pretrained: bo
     return convert(convnext(source, pretrained), **kwargs)[0]
 
 
-def convert(theirs: Any, **kwargs: Any) -> tuple[Any, float]:
+def convert(theirs: Any, /, **kwargs: Any) -> tuple[Any, float]:
     """What `from_convnext` returns for a ConvNeXt, and the error of its outputs."""
+    for key in GIVEN:
+        if key in kwargs:
+            raise UnknownArgumentError(f"from_convnext takes no {key} ({key}={kwargs[key]!r}): the source has it")
     adapting = set(kwargs) - {"img_size", "drop_rate", "drop_path_rate", *SGCONV}
     ours = _converted(theirs, {key: value for key, value in kwargs.items() if key not in adapting})
     error = _checked(theirs, ours)
     _tell_dropped(ours)
     model = _converted(theirs, kwargs) if adapting else ours
     first = next(theirs.parameters())
-    return model.to(device=first.device, dtype=first.dtype).eval(), error
+    place = {"device": kwargs.get("device") or first.device, "dtype": kwargs.get("dtype") or first.dtype}
+    return model.to(**place).eval(), error
 
 
 def to_convnext(model: SGConvNeXt) -> tuple[Any, float]:
@@ -118,22 +124,38 @@ def convnext(source: Any, pretrained: bool = False) -> Any:
     else:
         raise ValueError(f"a {type(source).__name__} is no ConvNeXt; give timm's name of one, a model or a state dict")
     if type(model) is not ConvNeXt:
-        raise ValueError(f"{name_of(model)} is a {type(model).__name__}, and not a ConvNeXt of timm")
+        raise ValueError(
+            f"{name_of(model)} is a {type(model).__name__}, and not a ConvNeXt of timm; if it wraps one, give that"
+        )
     if told := refusal(model.state_dict()):
         raise ValueError(f"{name_of(model)} {told}")
+    if len(model.stages) != 4 or not _is_timms(model.head):
+        raise ValueError(
+            f"{name_of(model)} is pruned, or has another head than timm's; convert a ConvNeXt as timm builds it, then "
+            "prune it or replace its head"
+        )
     probe = torch.linspace(-3, 3, 61)
     if not all(torch.equal(block.mlp.act(probe), F.gelu(probe)) for stage in model.stages for block in stage.blocks):
         raise ValueError(f"{name_of(model)} has another activation than GELU; no SGConvNeXt computes the same")
     return model
 
 
+def _is_timms(head: Any) -> bool:
+    """Whether it has timm's layers: pooling, norm, and a linear layer or a 1x1 convolution, or none."""
+    whole = isinstance(head, NormMlpClassifierHead) and not isinstance(head.norm, nn.Identity)
+    return whole and isinstance(head.fc, nn.Linear | nn.Conv2d | nn.Identity)
+
+
 def _of_state(state: dict[str, Any], arch: str = "", **settings: Any) -> Any:
     """timm's ConvNeXt with the weights of a state dict."""
     place = "the state dict"
     state = dict(state["model"]) if isinstance(state.get("model"), Mapping) else state
+    if state and (told := fit.no_tensors(state)):
+        raise ValueError(f"{place} {told}")
     blocks = {}
     for key, value in state.items():
-        if match := re.search(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.(?:conv_dw|dwconv)\.weight$", str(key)):
+        match = re.search(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.(?:conv_dw|dwconv)\.weight$", key)
+        if match and value.ndim == 4:
             blocks[int(match[1]), int(match[2])] = value.shape[0]
     if not blocks:
         raise ValueError(f"{place} is not of a ConvNeXt: it has no depthwise convolutions (conv_dw)")
@@ -142,9 +164,12 @@ def _of_state(state: dict[str, Any], arch: str = "", **settings: Any) -> Any:
     if 0 in depths:
         raise ValueError(f"{place} has blocks {depths} in its stages; a ConvNeXt has some in each of four")
     unnamed = timm.create_model("convnext_tiny", **shape, num_classes=0, device="meta")
-    state = in_timms_names(state, unnamed, place)
-    if told := refusal(state):
+    named = in_timms_names(state, unnamed, place)
+    if told := refusal(named):
         raise ValueError(f"{place} {told}")
+    if "stem.0.weight" not in named:  # such as with "module." before each key
+        fit.refuse_misfit(unnamed, state, place, ["head.fc"])
+    state = named
     shown = shape | _ends(state)
     name = convnext_name(_model_name(shown, arch))
     model = timm.create_model(name, **(shown | settings))
@@ -183,7 +208,7 @@ def arguments(theirs: Any) -> tuple[str, dict[str, Any]]:
     name = _model_name(shown, config_of(theirs).get("architecture", ""))
     shown |= _settings(theirs)
     own = {"in_chans": 3, "norm_eps": 1e-6, "output_stride": 32, "global_pool": "avg", "drop_rate": 0.0} | MODELS[name]
-    own |= {"drop_path_rate": 0.0, "num_classes": theirs.num_classes}  # of the pretrained_cfg
+    own |= {"drop_path_rate": 0.0, "num_classes": _ends(state)["num_classes"]}  # of the pretrained_cfg
     return name, {key: value for key, value in shown.items() if own.get(key) != value}
 
 
@@ -204,10 +229,9 @@ def _converted(theirs: Any, kwargs: dict[str, Any]) -> Any:
     config = _config(theirs)
     size = config.get("input_size", (3, 224, 224))
     channels = theirs.stem[0].in_channels
-    config |= {"num_classes": theirs.num_classes, "input_size": (channels, *size[1:])}
-    model = timm.create_model(
-        name, pretrained=True, pretrained_cfg=config | {"state_dict": theirs.state_dict()}, **(own | kwargs)
-    )
+    state = theirs.state_dict()
+    config |= {"num_classes": _ends(state)["num_classes"], "input_size": (channels, *size[1:]), "state_dict": state}
+    model = timm.create_model(name, pretrained=True, pretrained_cfg=config, **(own | kwargs))
     model.pretrained_cfg.pop("state_dict", None)
     return model
 
@@ -219,7 +243,8 @@ def _checked(before: Any, after: Any) -> float:
     outputs = []
     for model in (before, after):
         first = next(model.parameters())
-        plain = (first.dtype, first.device.type) == (torch.float32, "cpu") and not model.training
+        evaluating = not any(module.training for module in model.modules())
+        plain = (first.dtype, first.device.type) == (torch.float32, "cpu") and evaluating
         model = model if plain else copy.deepcopy(model).to("cpu", torch.float32).eval()
         with torch.no_grad():
             features = model.forward_features(image)
@@ -229,7 +254,7 @@ def _checked(before: Any, after: Any) -> float:
     if not error <= LARGEST_ERROR:
         raise ValueError(
             f"{name_of(before)}: the converted network's outputs differ by {error:.1e}, more than {LARGEST_ERROR:g}; "
-            "this is a defect: please report it, with the model"
+            "if it was changed after timm built it (hooks, padding, a norm's eps), undo that; if not, please report it"
         )
     _logger.info("%s became %s; its outputs differ by %.1e", name_of(before), name_of(after), error)
     return error

@@ -50,6 +50,8 @@ def convert_state(state: Mapping[str, Any], model: "SGConvNeXt", place: str) -> 
         ValueError: a ConvNeXt of another structure (V2, another stem or norm), of other depths or widths, or with
             kernels that the model's cannot hold.
     """
+    if told := fit.no_tensors(state):
+        raise ValueError(f"{place} {told}")
     state = in_timms_names(state, model, place)
     shapes = [{key: value.shape for key, value in each.items()} for each in (model.state_dict(), state)]
     if told := refusal(state) or fit.other_size(model, *shapes):
@@ -94,6 +96,11 @@ def refusal(state: Mapping[str, Any]) -> str:
         (any(".grn." in key for key in state), "is of a ConvNeXt-V2, whose MLP has a response norm (GRN)"),
         (stem is not None and stem.shape[2:] != (4, 4), "has another stem than patches of 4x4"),
         ("stem.1.weight" in state and "stem.1.bias" not in state, "has norms without a bias, such as RMS norms"),
+        ("stem.1.running_mean" in state, "has batch norms"),
+        (
+            any(key.endswith(".conv_dw.weight") and key.removesuffix("weight") + "bias" not in state for key in state),
+            "has depthwise convolutions without a bias",
+        ),
         ("norm_pre.weight" in state, "has its last norm before the pooling (head_norm_first)"),
     ):
         if found:

@@ -4,6 +4,8 @@
 if there is a gap between the rows. `stretch` interpolates the parameters; `set_input_size` uses it without a gap.
 """
 
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
@@ -15,7 +17,10 @@ MIN_SIZE = 32  # pixels: one token is left in the last stage
 
 def stage_grids(img_size: int | tuple[int, int]) -> list[tuple[int, int]]:
     """H, W of the four stages' maps at stride 4, 8, 16, 32."""
-    height, width = to_2tuple(img_size)
+    pair = to_2tuple(img_size)
+    if len(pair) != 2 or not all(isinstance(side, Integral) for side in pair):
+        raise ValueError(f"img_size={img_size!r} must be a whole number of pixels, or a pair: height, width")
+    height, width = pair
     if min(height, width) < MIN_SIZE:
         raise ValueError(
             f"img_size={height}x{width} leaves the last stage no token; use at least {MIN_SIZE}x{MIN_SIZE}"

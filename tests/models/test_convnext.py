@@ -224,6 +224,52 @@ def test_what_it_does_not_contain_is_refused(source: Any, words: list[str]) -> N
         sgconvnext.from_convnext(source)
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (lambda state: {f"module.{key}": value for key, value in state.items()}, ["'module.' before each"]),
+        (lambda state: state | {3: torch.ones(2)}, ["has 3 for the name"]),
+        (lambda state: {key: value for key, value in state.items() if key != "stem.0.weight"}, ["stem.0.weight"]),
+        (
+            lambda state: {key: value for key, value in state.items() if key != "head.fc.bias"},
+            ["missing (head.fc.bias"],
+        ),
+        (lambda state: {"state_dict": state}, ["under 'state_dict'"]),
+    ],
+)
+def test_state_dict_that_is_not_whole_is_refused(changed: Any, words: list[str]) -> None:
+    with refused("the state dict", *words):
+        sgconvnext.from_convnext(changed(dict(theirs().state_dict())))
+
+
+@pytest.mark.parametrize("key", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "model_name"])
+def test_arguments_that_name_other_weights_are_refused(key: str) -> None:
+    with refused(f"takes no {key}", "'x'"):
+        sgconvnext.from_convnext(theirs(), **{key: "x"})
+
+
+def test_model_that_was_changed_is_converted_or_refused() -> None:
+    source = theirs()
+    source.head.fc = nn.Linear(NARROW["dims"][-1], 4)
+    source.head.drop = nn.Dropout(0.5)  # in training mode
+    got = sgconvnext.from_convnext(source)
+    assert got.num_classes == 4
+    assert_same(got, source.eval(), images(96, 96))
+    source.head.fc = nn.Sequential(source.head.fc)
+    with refused("another head than timm's"):
+        sgconvnext.from_convnext(source)
+    with refused("depthwise convolutions without a bias"):
+        sgconvnext.from_convnext(theirs(conv_bias=False))
+    with refused("batch norms"):
+        sgconvnext.from_convnext(theirs(norm_layer="batchnorm2d"))
+    with refused("without values", "meta"):
+        sgconvnext.from_convnext(timm.create_model("convnext_atto", **NARROW, device="meta"))
+
+
+def test_device_and_dtype_are_those_asked_for() -> None:
+    assert next(sgconvnext.from_convnext(theirs(), dtype=torch.float64).parameters()).dtype == torch.float64
+
+
 def test_kernels_for_small_images_lack_what_their_maps_lack(caplog: pytest.LogCaptureFixture) -> None:
     source = theirs()
     got = sgconvnext.from_convnext(source, img_size=64)

@@ -242,6 +242,8 @@ def test_unknown_argument_is_refused_however_the_model_is_built(options: dict[st
     ("options", "words"),
     [
         ({"img_size": 31}, ["31x31", "32x32"]),
+        ({"img_size": (64,)}, ["img_size=(64,)", "a pair"]),
+        ({"img_size": "224"}, ["img_size='224'", "whole number"]),
         ({"img_size": (64, 16)}, ["64x16", "32x32"]),
         ({"img_size": (0, 64)}, ["0x64", "32x32"]),
         ({"output_stride": 4}, ["output_stride=4", "8, 16 or 32"]),
