@@ -23,6 +23,8 @@ from . import console, export
 from .models import conversion
 from .training import build, checkpoint
 
+LARGEST = 4096  # pixels a side; 1,048,576 tokens in the first stage
+
 
 @console.interruptible()
 def main() -> None:
@@ -73,6 +75,10 @@ def convert(
         ValueError: no such source, one that cannot be converted, or a folder that is taken or not writable.
     """
     export.refuse_taken(folder)
+    if img_size and max(img_size) > LARGEST:
+        raise ValueError(
+            f"--img-size={max(img_size)} must be at most {LARGEST}: the kernels have a tap for every token"
+        )
     before, described, preprocessing = _read(source, ema)
     if to_convnext:
         after, error = conversion.to_convnext(before)

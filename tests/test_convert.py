@@ -89,8 +89,13 @@ def test_what_cannot_be_converted_leaves_no_folder(tmp_path: Path) -> None:
     with refused("a.pth", "cannot be read"):
         convert(str(tmp_path / "a.pth"), folder)
     path, _, _ = trained(tmp_path)
-    with refused("sgconvnext_atto is a SGConvNeXt, and not a ConvNeXt"):
+    with refused("sgconvnext_atto is no ConvNeXt of timm, but of the class SGConvNeXt"):
         convert(path, folder)
+    torch.save(timm.create_model("sgconvnext_atto_gap3", **TINY).state_dict(), tmp_path / "ours.pth")
+    with refused("is of an SGConvNeXt", "local-dir:FOLDER"):
+        convert(str(tmp_path / "ours.pth"), folder, to_convnext=True)
+    with refused("--img-size=99999 must be at most 4096"):
+        convert(path, folder, img_size=[99999])
     with refused("row_gap=0"):
         convert(path, folder, to_convnext=True)
     assert not Path(folder).exists()

@@ -74,7 +74,7 @@ def to_convnext(model: SGConvNeXt) -> tuple[Any, float]:
         ValueError: kernels with energy outside, which would be lost, or rows that are less than 3 columns apart.
     """
     if not isinstance(model, SGConvNeXt):
-        raise ValueError(f"{name_of(model)} is a {type(model).__name__}, and not an SGConvNeXt")
+        raise ValueError(f"{name_of(model)} is no SGConvNeXt, but of the class {type(model).__name__}")
     state, lost = dict(model.state_dict()), 0.0
     for path, layer in model.named_modules():
         if isinstance(layer, SGConv2d):
@@ -122,10 +122,10 @@ def convnext(source: Any, pretrained: bool = False) -> Any:
     elif isinstance(source, Mapping):
         model = _of_state(dict(source))
     else:
-        raise ValueError(f"a {type(source).__name__} is no ConvNeXt; give timm's name of one, a model or a state dict")
+        raise ValueError(f"{source!r:.60} is no ConvNeXt; give timm's name of one, a model or a state dict")
     if type(model) is not ConvNeXt:
         raise ValueError(
-            f"{name_of(model)} is a {type(model).__name__}, and not a ConvNeXt of timm; if it wraps one, give that"
+            f"{name_of(model)} is no ConvNeXt of timm, but of the class {type(model).__name__}; if it wraps one, give that"
         )
     if told := refusal(model.state_dict()):
         raise ValueError(f"{name_of(model)} {told}")
@@ -157,6 +157,10 @@ def _of_state(state: dict[str, Any], arch: str = "", **settings: Any) -> Any:
         match = re.search(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.(?:conv_dw|dwconv)\.weight$", key)
         if match and value.ndim == 4:
             blocks[int(match[1]), int(match[2])] = value.shape[0]
+    if any(".sgconv." in str(key) for key in state):
+        raise ValueError(
+            f"{place} is of an SGConvNeXt; name its folder (local-dir:FOLDER) or a checkpoint of train.py"
+        )
     if not blocks:
         raise ValueError(f"{place} is not of a ConvNeXt: it has no depthwise convolutions (conv_dw)")
     depths = [sum(stage == i for stage, _ in blocks) for i in range(4)]
