@@ -125,7 +125,8 @@ def convnext(source: Any, pretrained: bool = False) -> Any:
         raise ValueError(f"{source!r:.60} is no ConvNeXt; give timm's name of one, a model or a state dict")
     if type(model) is not ConvNeXt:
         raise ValueError(
-            f"{name_of(model)} is no ConvNeXt of timm, but of the class {type(model).__name__}; if it wraps one, give that"
+            f"{name_of(model)} is no ConvNeXt of timm, but of the class {type(model).__name__}; if it wraps one, give "
+            "that one"
         )
     if told := refusal(model.state_dict()):
         raise ValueError(f"{name_of(model)} {told}")
