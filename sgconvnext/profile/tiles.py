@@ -116,7 +116,7 @@ def table(shapes: Sequence[tuple[int, int, int]], batches: Sequence[int], device
         raise ValueError(reason)
     by_length = {height * width: channels for channels, height, width in shapes}
     if len(by_length) < len(shapes):
-        raise ValueError("two of the layers have the same number of tokens, by which the code's tables go; name one")
+        raise ValueError("two of the layers have the same H * W tokens, by which the tables go; leave one --shape out")
     torch.manual_seed(0)
     result = Table("Tiles of the Triton programs in bf16", COLUMNS, notes=list(NOTES))
     winners: dict[Problem, Tile] = {}
