@@ -1,6 +1,7 @@
 """SGConvNeXt: ConvNeXt with global convolution. ``import sgconvnext`` registers its models with timm."""
 
 from .longconv import flop_counter as flop_counter  # torch counts what we run
+from .models import gated_convnext as gated_convnext  # registers the control
 from .models.conversion import from_convnext
 from .models.layer import SGConv, SGConv2d
 from .models.sgconvnext import SGConvNeXt

@@ -7,16 +7,21 @@ from timm.layers import DropPath, LayerNorm, Mlp
 from torch import Tensor, nn
 
 from .fused import fused_forward
+from .gate import Gate
 from .kept import forget
 from .layer import SGConv2d
 
 
 class SGConvNeXtBlock(nn.Module):
-    """x + DropPath(gamma * Linear(GELU(Linear(LN(SGConv2d(x)))))); (B, C, H, W) -> (B, C, H, W).
+    """x + DropPath(gamma * Linear(GELU(Linear(LN(y))))); y = SGConv2d(x), or Gate(SGConv2d(x), x) if gated.
+
+    (B, C, H, W) -> (B, C, H, W).
 
     Args:
         channels: C.
         input_size: H, W that the kernel is built for.
+        gate: whether y is gated; see `Gate`.
+        mlp_ratio: hidden channels of the MLP over C.
         drop_path: probability of dropping the branch of a sample.
         ls_init_value: initial layer scale gamma; None for no layer scale.
         norm_eps: of the LayerNorm.
@@ -29,6 +34,8 @@ class SGConvNeXtBlock(nn.Module):
         channels: int,
         input_size: tuple[int, int],
         *,
+        gate: bool = False,
+        mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         ls_init_value: float | None = 1e-6,
         norm_eps: float = 1e-6,
@@ -37,10 +44,17 @@ class SGConvNeXtBlock(nn.Module):
         **sgconv: Any,
     ) -> None:
         super().__init__()
+        if type(gate) is not bool:
+            raise ValueError(f"gate={gate!r} must be True or False")
+        if not mlp_ratio * channels >= 1:
+            raise ValueError(
+                f"mlp_ratio={mlp_ratio} gives the MLP no hidden channel; use a positive number, such as 4"
+            )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.sgconv = SGConv2d(channels, input_size, **sgconv, **dd)
+        self.gate = Gate(channels, eps=norm_eps, **dd) if gate else None
         self.norm = LayerNorm(channels, eps=norm_eps, **dd)
-        self.mlp = Mlp(channels, 4 * channels, **dd)
+        self.mlp = Mlp(channels, int(mlp_ratio * channels), **dd)
         self.ls_init_value = ls_init_value
         self.gamma = nn.Parameter(torch.empty(channels, **dd)) if ls_init_value is not None else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -60,7 +74,9 @@ class SGConvNeXtBlock(nn.Module):
             fused = fused_forward(self, x)
             if fused is not None:
                 return fused(self, x)
-        y = self.sgconv(x).permute(0, 2, 3, 1)  # LN and the MLP work on (B, H, W, C)
+        y = self.sgconv(x).permute(0, 2, 3, 1)  # gate, LN and MLP work on (B, H, W, C)
+        if self.gate is not None:
+            y = self.gate(y, x.permute(0, 2, 3, 1))
         y = self.mlp(self.norm(y))
         if self.gamma is not None:
             y = y * self.gamma

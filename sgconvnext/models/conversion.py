@@ -42,8 +42,9 @@ def from_convnext(source: str | nn.Module | Mapping[str, Tensor], pretrained: bo
         source: timm's name of a ConvNeXt, with or without a tag, "local-dir:FOLDER" or "hf-hub:OWNER/NAME"; a ConvNeXt
             of timm; or the state dict of one.
         pretrained: of a name, as in timm.create_model: load its weights.
-        kwargs: further arguments of timm.create_model: those of SGConvNeXt, such as img_size or backend, and those
-            by which timm adapts the weights, such as num_classes, in_chans or features_only.
+        kwargs: further arguments of timm.create_model: those of SGConvNeXt, such as img_size, backend or gate (which
+            adds C^2 + C parameters to a block, all 0 at first), and those by which timm adapts the weights, such as
+            num_classes, in_chans or features_only.
 
     Raises:
         ValueError: not a ConvNeXt, or one that SGConvNeXt does not contain; weights that do not fit; or outputs that
@@ -57,7 +58,7 @@ def convert(theirs: Any, /, **kwargs: Any) -> tuple[Any, float]:
     for key in GIVEN:
         if key in kwargs:
             raise UnknownArgumentError(f"from_convnext takes no {key} ({key}={kwargs[key]!r}): the source has it")
-    adapting = set(kwargs) - {"img_size", "drop_rate", "drop_path_rate", *SGCONV}
+    adapting = set(kwargs) - {"img_size", "gate", "drop_rate", "drop_path_rate", *SGCONV}
     ours = _converted(theirs, {key: value for key, value in kwargs.items() if key not in adapting})
     error = _checked(theirs, ours)
     _tell_dropped(ours)
@@ -83,6 +84,10 @@ def to_convnext(model: SGConvNeXt) -> tuple[Any, float]:
             block = path.removesuffix("sgconv")
             kept = {key: value for key, value in state.items() if not fit.within(key, path)}
             state = kept | {f"{block}conv_dw.weight": weight, f"{block}conv_dw.bias": state[f"{path}.bias"]}
+    gates = [key for key in state if ".gate." in key]
+    if any(state[key].any() for key in gates):
+        raise ValueError(f"{name_of(model)} has gates, which a ConvNeXt would lose; keep the SGConvNeXt")
+    state = {key: value for key, value in state.items() if key not in gates}
     if lost > LOST:
         raise ValueError(
             f"{name_of(model)}: up to {lost:.2%} of a kernel's energy is outside of its 7x7, which a ConvNeXt would "

@@ -17,6 +17,7 @@ from timm.models.convnext import checkpoint_filter_fn as timms_names
 from torch import Tensor
 
 from .. import fit
+from .gate import Gate
 from .kernel import kernel_of_lags, nearest_weight
 from .layer import SGConv2d
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def convnext_name(name: str) -> str:
     """timm's ConvNeXt of the same shape as our model of that name: sgconvnext_tiny_gap3 to convnext_tiny."""
-    return name.removeprefix("sg").removesuffix("_gap3")
+    return name.removeprefix("sg").removesuffix("_gap3").removesuffix("_gated")
 
 
 def convnext_cfgs(arch: str) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def convert_state(state: Mapping[str, Any], model: "SGConvNeXt", place: str) -> 
     """A ConvNeXt's state dict as one of an SGConvNeXt, with the same outputs in evaluation.
 
     The first d taps of a side go to w_0, the next d to w_1. kernel_norm becomes 1: a parameter of w_0 then is a tap of
-    the 7x7, and an optimiser's step moves it as far as in ConvNeXt. The skip and every other tap are 0.
+    the 7x7, and an optimiser's step moves it as far as in ConvNeXt. The skip, every other tap and the gates are 0.
 
     Args:
         state: of a ConvNeXt, in the names that `in_timms_names` takes.
@@ -68,6 +69,9 @@ def convert_state(state: Mapping[str, Any], model: "SGConvNeXt", place: str) -> 
         weight: Any = state.get(path.removesuffix("sgconv") + "conv_dw.weight")
         if weight is not None and weight.shape[0] == layer.channels:
             converted |= {f"{path}.{key}": value for key, value in mixer_state(weight, layer, place).items()}
+    for path, gate in model.named_modules():
+        if isinstance(gate, Gate):
+            converted |= {f"{path}.{key}": torch.zeros(value.shape) for key, value in gate.state_dict().items()}
     return converted
 
 

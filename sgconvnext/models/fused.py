@@ -5,6 +5,7 @@
 
 import functools
 from collections.abc import Callable
+from types import NoneType
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.modules import module as module_hooks
 
 from ..longconv import available_backends
 from ..longconv.context import is_transformed, runs_eagerly_on_cpu
+from .gate import Gate
 from .kept import forget
 from .packed_mlp import PackedMlp, packed
 
@@ -25,12 +27,12 @@ Form: TypeAlias = Callable[[Any, Tensor], Tensor]  # (block, x) -> the block's o
 def fused_forward(block: Any, x: Any) -> Form | None:
     """The form that may stand in for ``block.forward(x)`` now, or None.
 
-    A form calls modules with other shapes, or not at all. So norm and MLP must be those of the block, which work token
-    by token, and nobody may watch or replace what is inside: no hooks, no forward of their own. `triton_form` needs a
-    convolution that Triton runs. The forms for a CPU need eager execution, and no transform or tracer at work. Packed
-    weights also need inference in float32, after `reparameterize`.
+    A form calls modules with other shapes, or not at all. So gate, norm and MLP must be those of the block, which work
+    token by token, and nobody may watch or replace what is inside: no hooks, no forward of their own. `triton_form`
+    needs a convolution that Triton runs. The forms for a CPU need eager execution, and no transform or tracer at work.
+    Packed weights also need inference in float32, after `reparameterize`.
     """
-    if type(block.norm) is not LayerNorm or type(block.mlp) is not Mlp:
+    if type(block.norm) is not LayerNorm or type(block.mlp) is not Mlp or type(block.gate) not in (Gate, NoneType):
         return None
     if getattr(block.sgconv, "backend", None) == "triton" and isinstance(x, Tensor):
         transformed = not torch.compiler.is_compiling() and is_transformed()
@@ -70,7 +72,10 @@ def triton_form(block: Any, x: Tensor) -> Tensor:
     from ..longconv.triton import block as triton_block
 
     mixed, norm, drop_path = block.sgconv(x).flatten(2), block.norm, block.drop_path
-    tokens = triton_block.layer_norm_channels_last(mixed, norm.weight, norm.bias, norm.eps)
+    if block.gate is None:
+        tokens = triton_block.layer_norm_channels_last(mixed, norm.weight, norm.bias, norm.eps)
+    else:  # its product is the pass that changes the layout
+        tokens = norm(block.gate(mixed.transpose(1, 2), x.flatten(2).transpose(1, 2)))
     keep = None
     if isinstance(drop_path, DropPath) and drop_path.training:
         probability = 1 - drop_path.drop_prob
@@ -82,19 +87,21 @@ def triton_form(block: Any, x: Tensor) -> Tensor:
 
 
 def chunked_form(block: Any, x: Tensor) -> Tensor:
-    """Norm and MLP for a chunk of tokens at a time: the hidden layer, 4 times larger, stays in the cache."""
+    """Gate, norm and MLP for a chunk of tokens at a time: the hidden layer, 4 times larger, stays in the cache."""
     y = block.sgconv(x).permute(0, 2, 3, 1)
     chunks, shortcuts = _token_chunks(y), _token_chunks(x.permute(0, 2, 3, 1))
-    if _drops(block):  # whole images
-        branch = torch.cat([_branch(block, chunk) for chunk in chunks]).view_as(y)
-        return block.drop_path(branch.permute(0, 3, 1, 2)) + x
-    done = [_branch(block, chunk) + part for chunk, part in zip(chunks, shortcuts, strict=True)]
+    if _drops(block):  # drop path takes whole images
+        branches = [_branch(block, chunk, part) for chunk, part in zip(chunks, shortcuts, strict=True)]
+        return block.drop_path(torch.cat(branches).view_as(y).permute(0, 3, 1, 2)) + x
+    done = [_branch(block, chunk, part) + part for chunk, part in zip(chunks, shortcuts, strict=True)]
     return (done[0] if len(done) == 1 else torch.cat(done)).view_as(y).permute(0, 3, 1, 2)
 
 
-def _branch(block: Any, tokens: Tensor) -> Tensor:
-    """gamma * MLP(LN(y)) of tokens (..., C)."""
-    y: Tensor = block.mlp(block.norm(tokens))
+def _branch(block: Any, y: Tensor, x: Tensor) -> Tensor:
+    """gamma * MLP(LN(Gate(y, x))) of tokens (..., C)."""
+    if block.gate is not None:
+        y = block.gate(y, x)
+    y = block.mlp(block.norm(y))
     return y if block.gamma is None else y * block.gamma
 
 
@@ -102,6 +109,8 @@ def packed_form(block: Any, x: Tensor, mlp: PackedMlp) -> Tensor:
     """As `chunked_form`, with packed weights; layer scale and sum are in the products."""
     y = block.sgconv(x).permute(0, 2, 3, 1)
     chunks, shortcuts = _token_chunks(y), _token_chunks(x.permute(0, 2, 3, 1))
+    if block.gate is not None:
+        chunks = [mlp.gated(chunk, block.gate.normed(part)) for chunk, part in zip(chunks, shortcuts, strict=True)]
     done = [mlp(block.norm(chunk), part) for chunk, part in zip(chunks, shortcuts, strict=True)]
     return (done[0] if len(done) == 1 else torch.cat(done)).view_as(y).permute(0, 3, 1, 2)
 

@@ -1,4 +1,4 @@
-"""The block's MLP for inference on a CPU: weights laid out once for oneDNN, layer scale folded in, sum included."""
+"""The block's gate and MLP for inference on a CPU: weights laid out once for oneDNN, layer scale and 1 folded in."""
 
 import functools
 from typing import Any, NamedTuple
@@ -15,6 +15,8 @@ from .kept import forget, kept
 class PackedMlp(NamedTuple):
     """x + gamma * Linear(GELU(Linear(y))), of tokens y and shortcuts x (tokens, C) in float32, as two operators.
 
+    A gate before the norm is one more.
+
     torch.nn.functional.linear lays out its weights anew at every call, whatever the number of tokens: the two products
     and the GELU take 4.8 ms for 49 tokens of 768 channels, and 2.2 ms like this; 2.96 and 2.15 for 196 of 384.
     torch.compile puts the same operators in place of Linears (its freezing); they have no gradient.
@@ -22,6 +24,13 @@ class PackedMlp(NamedTuple):
 
     hidden: tuple[Tensor, Tensor]  # weight and bias
     output: tuple[Tensor, Tensor]
+    gate: tuple[Tensor, Tensor] | None
+
+    def gated(self, tokens: Tensor, normed: Tensor) -> Tensor:
+        """y * (1 + W LN(x) + b) of tokens y and LN(x)."""
+        assert self.gate is not None
+        result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(normed, tokens, *self.gate, "mul")
+        return result
 
     def __call__(self, tokens: Tensor, shortcut: Tensor) -> Tensor:
         onednn = torch.ops.mkldnn
@@ -36,11 +45,20 @@ def packed(block: Any) -> PackedMlp | None:
     None where the operators would not do the same: outside float32 on a CPU that has oneDNN, or if the MLP is anything
     but two Linears with biases and a GELU. What is kept is then freed.
     """
-    mlp, gamma = block.mlp, block.gamma
+    mlp, gamma, gate = block.mlp, block.gamma, block.gate
     if _is_known(mlp) and torch.backends.mkldnn.enabled:
-        weights = [mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias] + ([] if gamma is None else [gamma])
-        if all(map(_is_plain, weights)) and _works():
-            return kept(block, None, weights, lambda: _pack(*weights))
+        weights = {
+            "hidden": mlp.fc1.weight,
+            "hidden_bias": mlp.fc1.bias,
+            "output": mlp.fc2.weight,
+            "bias": mlp.fc2.bias,
+        }
+        if gamma is not None:
+            weights["gamma"] = gamma
+        if gate is not None:
+            weights |= {"gate": gate.weight, "gate_bias": gate.bias}
+        if all(map(_is_plain, weights.values())) and _works():
+            return kept(block, None, list(weights.values()), lambda: _pack(**weights))
     forget(block)
     return None
 
@@ -64,10 +82,22 @@ def _is_plain(weight: Tensor | None) -> bool:
 
 
 @torch.no_grad()
-def _pack(hidden: Tensor, hidden_bias: Tensor, output: Tensor, bias: Tensor, gamma: Tensor | None = None) -> PackedMlp:
+def _pack(
+    hidden: Tensor,
+    hidden_bias: Tensor,
+    output: Tensor,
+    bias: Tensor,
+    gamma: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+) -> PackedMlp:
     if gamma is not None:
         output, bias = output * gamma[:, None], bias * gamma
-    return PackedMlp((_laid_out(hidden), hidden_bias.detach()), (_laid_out(output), bias.detach()))
+    return PackedMlp(
+        (_laid_out(hidden), hidden_bias.detach()),
+        (_laid_out(output), bias.detach()),
+        None if gate is None or gate_bias is None else (_laid_out(gate), 1 + gate_bias),
+    )
 
 
 @functools.cache
@@ -77,10 +107,11 @@ def _works() -> bool:
         x, unit, bias = (make(2, device="cpu", dtype=torch.float32) for make in (torch.ones, torch.eye, torch.zeros))
         try:
             layer = (_laid_out(unit), bias)
-            got = PackedMlp(layer, layer)(x[None], x[None])
+            known = PackedMlp(layer, layer, layer)
+            got, gated = known(x[None], x[None]), known.gated(x[None] + 1, x[None])
         except (AttributeError, TypeError, RuntimeError):
             return False
-        return torch.allclose(got, x + F.gelu(x))
+        return torch.allclose(got, x + F.gelu(x)) and torch.allclose(gated, x * (x + 1))
 
 
 def _laid_out(weight: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from .arguments import BUILDER, refuse_unknown
 from .block import SGConvNeXtBlock
 from .convnext import convnext_cfgs, convnext_name
+from .gate import Gate
 from .input_size import MIN_SIZE, STEM_STRIDE, stage_grids
 from .kernel import KERNEL_DEFAULTS
 from .layer import SGConv2d
@@ -61,6 +62,8 @@ class SGConvNeXt(nn.Module):
         output_stride: 8, 16 or 32; below 32 the last stages trade stride for dilation, with the same parameters.
         depths, dims: blocks and width of each of the four stages.
         img_size: H, W (or one int) that the kernels are built for.
+        gate: whether every block has a gate on its convolution; see `sgconvnext.models.gate.Gate`.
+        mlp_ratio: hidden channels of the MLPs over the width. With a gate, 3.5 has the cost of 4 without one.
         ls_init_value: initial layer scale; None for none.
         head_init_scale: factor on the classifier's initial weights.
         head_hidden_size: width of a hidden layer in the head, as CLIP's large ConvNeXt has; None for none.
@@ -84,6 +87,8 @@ class SGConvNeXt(nn.Module):
         depths: tuple[int, ...] = (3, 3, 9, 3),
         dims: tuple[int, ...] = (96, 192, 384, 768),
         img_size: int | tuple[int, int] = 224,
+        gate: bool = False,
+        mlp_ratio: float = 4.0,
         ls_init_value: float | None = 1e-6,
         head_init_scale: float = 1.0,
         head_hidden_size: int | None = None,
@@ -110,7 +115,7 @@ class SGConvNeXt(nn.Module):
         self.feature_info: list[dict[str, Any]] = []
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         for i, (stride, dilation, reduction) in enumerate(_strides(output_stride)):
-            options = {"ls_init_value": ls_init_value, "norm_eps": norm_eps, **sgconv, **dd}
+            options = {"ls_init_value": ls_init_value, "norm_eps": norm_eps, "gate": gate, "mlp_ratio": mlp_ratio}
             stage = SGConvNeXtStage(
                 dims[max(i - 1, 0)],
                 dims[i],
@@ -119,7 +124,7 @@ class SGConvNeXt(nn.Module):
                 stride=stride,
                 dilation=(1 if dilation <= 2 else 2, dilation),
                 drop_path=rates[i],
-                **options,
+                **(options | sgconv | dd),
             )
             self.stages.append(stage)
             self.feature_info.append({"num_chs": dims[i], "reduction": reduction, "module": f"stages.{i}"})
@@ -140,12 +145,12 @@ class SGConvNeXt(nn.Module):
     def init_weights(self) -> None:
         """Initialise every parameter and buffer anew, also after `to_empty` on the meta device."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.LayerNorm | SGConv2d | SGConvNeXtBlock | Gate):
+                module.reset_parameters()
+            elif isinstance(module, nn.Conv2d | nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm | SGConv2d | SGConvNeXtBlock):
-                module.reset_parameters()
         if isinstance(self.head.fc, nn.Linear):
             with torch.no_grad():
                 self.head.fc.weight.mul_(self.head_init_scale)
@@ -277,33 +282,34 @@ FURTHER: dict[str, dict[str, Any]] = {
     "xxlarge": {"depths": (3, 4, 30, 3), "dims": (384, 768, 1536, 3072), "norm_eps": 1e-5},
 }
 GAP3: dict[str, Any] = {"row_gap": 3, "bias": True}  # with them a kernel can be ConvNeXt's 7x7
+GATED: dict[str, Any] = {"gate": True, "mlp_ratio": 3.5}  # W of the gate has as many weights as the MLP loses
 
 # Arguments of every model that is registered with timm
-MODELS: dict[str, dict[str, Any]] = {f"sgconvnext_{size}": dict(shape) for size, shape in SIZES.items()} | {
-    f"sgconvnext_{size}_gap3": {**shape, **GAP3} for size, shape in (SIZES | FURTHER).items()
+MODELS: dict[str, dict[str, Any]] = {
+    **{f"sgconvnext_{size}": dict(shape) for size, shape in SIZES.items()},
+    **{f"sgconvnext_{size}_gated": {**shape, **GATED} for size, shape in SIZES.items()},
+    **{f"sgconvnext_{size}_gap3": {**shape, **GAP3} for size, shape in (SIZES | FURTHER).items()},
 }
 
 
-# The plain names have no weights yet, so no url, and no test_input_size: evaluation is at 224 px unless asked
-# otherwise. The _gap3 names have the cfgs, and so the weights, of timm's ConvNeXt.
+# No test_input_size: evaluation is at 224 px unless asked otherwise
+NO_WEIGHTS: dict[str, Any] = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "min_input_size": (3, 32, 32),
+    "pool_size": (7, 7),
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "stem.0",
+    "classifier": "head.fc",
+    "license": "apache-2.0",
+}
+# The _gap3 names have the cfgs, and so the weights, of timm's ConvNeXt
 default_cfgs = generate_default_cfgs(
-    {
-        f"sgconvnext_{size}": {
-            "url": "",
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "min_input_size": (3, 32, 32),
-            "pool_size": (7, 7),
-            "crop_pct": 0.875,
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "stem.0",
-            "classifier": "head.fc",
-            "license": "apache-2.0",
-        }
-        for size in SIZES
-    }
+    {name: NO_WEIGHTS for name in MODELS if not name.endswith("_gap3")}
     | {
         f"{name}.{tag}": cfg
         for name in MODELS
@@ -345,9 +351,12 @@ def _register(name: str) -> None:
     def build(pretrained: bool = False, **kwargs: Any) -> SGConvNeXt:
         return _build(name, pretrained, **kwargs)
 
-    gap = ", whose rows are 3 columns apart, so that it takes ConvNeXt's weights" if name.endswith("_gap3") else ""
+    told = {
+        "gap3": ", whose rows are 3 columns apart, so that it takes ConvNeXt's weights",
+        "gated": ", with a gate on every convolution and narrower MLPs",
+    }.get(name.rpartition("_")[2], "")
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"SGConvNeXt with the depths and widths of timm's {convnext_name(name)}{gap}."
+    build.__doc__ = f"SGConvNeXt with the depths and widths of timm's {convnext_name(name)}{told}."
     globals()[name] = register_model(build)
 
 

@@ -48,23 +48,25 @@ ELEMENTWISE = frozenset(
     for ending in ("", "_")
 ) | {"sgconvnext::scale_residual_channels_first"}
 
-STEM, KERNEL, CONVOLUTION, MLP, NORM, HEAD, OTHER = PARTS = (
+STEM, KERNEL, CONVOLUTION, GATE, MLP, NORM, HEAD, OTHER = PARTS = (
     "stem and downsampling",
     "kernel generation",
     "convolution",
+    "gate",
     "MLP",
     "norm and layer scale",
     "head",
     "other",
 )
 EXECUTED = f"{CONVOLUTION}, executed"
-COLUMNS = (STEM, KERNEL, CONVOLUTION, EXECUTED, MLP, NORM, HEAD, OTHER)
+COLUMNS = (STEM, KERNEL, CONVOLUTION, EXECUTED, GATE, MLP, NORM, HEAD, OTHER)
 
 # the outermost modules and parameters of ConvNeXt and SGConvNeXt, in timm's names, that a part consists of
 _MODULES = {
     r"stem()": STEM,
     r"stages\.(\d+)\.downsample": STEM,
     r"stages\.(\d+)\.blocks\.\d+\.(?:sgconv|conv_dw)": CONVOLUTION,
+    r"stages\.(\d+)\.blocks\.\d+\.gate": GATE,
     r"stages\.(\d+)\.blocks\.\d+\.mlp": MLP,
     r"stages\.(\d+)\.blocks\.\d+\.(?:norm|gamma)": NORM,
     r"head()": HEAD,
