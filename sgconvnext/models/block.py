@@ -47,9 +47,7 @@ class SGConvNeXtBlock(nn.Module):
         if type(gate) is not bool:
             raise ValueError(f"gate={gate!r} must be True or False")
         if not mlp_ratio * channels >= 1:
-            raise ValueError(
-                f"mlp_ratio={mlp_ratio} gives the MLP no hidden channel; use a positive number, such as 4"
-            )
+            raise ValueError(f"mlp_ratio={mlp_ratio} leaves the MLP no hidden channel; give a larger one")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.sgconv = SGConv2d(channels, input_size, **sgconv, **dd)
         self.gate = Gate(channels, eps=norm_eps, **dd) if gate else None

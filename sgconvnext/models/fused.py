@@ -110,7 +110,8 @@ def packed_form(block: Any, x: Tensor, mlp: PackedMlp) -> Tensor:
     y = block.sgconv(x).permute(0, 2, 3, 1)
     chunks, shortcuts = _token_chunks(y), _token_chunks(x.permute(0, 2, 3, 1))
     if block.gate is not None:
-        chunks = [mlp.gated(chunk, block.gate.normed(part)) for chunk, part in zip(chunks, shortcuts, strict=True)]
+        normed = map(block.gate.normed, shortcuts)
+        chunks = tuple(map(mlp.gated, chunks, normed))
     done = [mlp(block.norm(chunk), part) for chunk, part in zip(chunks, shortcuts, strict=True)]
     return (done[0] if len(done) == 1 else torch.cat(done)).view_as(y).permute(0, 3, 1, 2)
 

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Gate(nn.Linear):
+class Gate(nn.Module):
     """y * (1 + W LN(x) + b) of tokens x (..., C) and what the convolution made of them, y (..., C).
 
     A convolution sums the pixels around with the same weights everywhere. The gate lets every pixel say how much of
@@ -21,8 +22,11 @@ class Gate(nn.Linear):
     """
 
     def __init__(self, channels: int, eps: float = 1e-6, device: Any = None, dtype: Any = None) -> None:
-        super().__init__(channels, channels, device=device, dtype=dtype)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.eps = eps
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """W = 0 and b = 0."""
@@ -31,7 +35,7 @@ class Gate(nn.Linear):
 
     def normed(self, x: Tensor) -> Tensor:
         """LN(x)."""
-        return F.layer_norm(x, (self.in_features,), eps=self.eps)
+        return F.layer_norm(x, self.bias.shape, eps=self.eps)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """The gated y."""

@@ -27,7 +27,7 @@ class GatedConvolution(nn.Module):
         return self.gate(y, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class GatedConvNeXt(ConvNeXt):
+class GatedConvNeXt(ConvNeXt):  # type: ignore[misc]  # timm has no types
     """timm's ConvNeXt, and its arguments; every depthwise convolution is gated, and the MLPs are as narrow as ours."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

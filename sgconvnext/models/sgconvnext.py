@@ -145,12 +145,12 @@ class SGConvNeXt(nn.Module):
     def init_weights(self) -> None:
         """Initialise every parameter and buffer anew, also after `to_empty` on the meta device."""
         for module in self.modules():
-            if isinstance(module, nn.LayerNorm | SGConv2d | SGConvNeXtBlock | Gate):
-                module.reset_parameters()
-            elif isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d | nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | SGConv2d | SGConvNeXtBlock | Gate):
+                module.reset_parameters()
         if isinstance(self.head.fc, nn.Linear):
             with torch.no_grad():
                 self.head.fc.weight.mul_(self.head_init_scale)
