@@ -121,6 +121,8 @@ def _other_mixer(_: Any, own: Shapes, found: Shapes) -> str:
     def mixed(keys: Shapes, names: str) -> bool:
         return any(re.search(rf"\.({names})\.", key) for key in keys)
 
+    if mixed(own, "sgconv") and mixed(found, r"conv_dw\.gate"):
+        return "is of a gated ConvNeXt, whose weights no SGConvNeXt takes; name convnext_NAME_gated"
     if mixed(own, "sgconv") and mixed(found, "conv_dw|dwconv"):
         return (
             "is of a ConvNeXt, whose 7x7 kernels this model does not hold; name sgconvnext_NAME_gap3, which does, or "
@@ -156,6 +158,26 @@ def stages(shapes: Shapes) -> tuple[list[int], list[int]]:
             depths[stage] = max(depths.get(stage, 0), block + 1)
     norms = [shapes.get(f"stages.{stage}.blocks.0.norm.weight") for stage in sorted(depths)]
     return [depths[stage] for stage in sorted(depths)], [norm[0] for norm in norms if norm]
+
+
+def _other_gate(_: Any, own: Shapes, found: Shapes) -> str:
+    ours, theirs = (any(re.search(r"\.blocks\.\d+\.(conv_dw\.)?gate\.", key) for key in keys) for keys in (own, found))
+    if ours == theirs:
+        return ""
+    kind, models = ("with", "_gated models") if theirs else ("without", "models without _gated")
+    return (
+        f"is of a model {kind} gates, such as the {models}; name that model, or build it with gate={theirs} and the "
+        "mlp_ratio that it had"
+    )
+
+
+def _other_mlp(_: Any, own: Shapes, found: Shapes) -> str:
+    key = "stages.0.blocks.0.mlp.fc1.weight"
+    if key not in own or key not in found or own[key][:2] == found[key][:2]:
+        return ""
+    ours, theirs = (f"{shapes[key][0] / shapes[key][1]:g}" for shapes in (own, found))
+    cure = f"build it with mlp_ratio={theirs}" if any(".sgconv." in each for each in own) else "keep the SGConvNeXt"
+    return f"has MLPs whose hidden layer has {theirs} times the width, the model's has {ours} times; {cure}"
 
 
 def _other_kernels(model: Any, own: Shapes, found: Shapes) -> str:
@@ -244,6 +266,6 @@ def _kind(tensor: Tensor) -> str:
 
 
 _CHECKS: tuple[Callable[[Any, Shapes, Shapes], str], ...] = (
-    *(_prefixed, _reparameterized, _other_mixer, other_size, _other_kernels, _other_channels, _other_classes),
-    _other_keys,
+    *(_prefixed, _reparameterized, _other_mixer, other_size, _other_gate, _other_mlp, _other_kernels),
+    *(_other_channels, _other_classes, _other_keys),
 )

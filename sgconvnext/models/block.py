@@ -1,5 +1,6 @@
 """The ConvNeXt block with SGConv in place of the 7x7 depthwise convolution."""
 
+import math
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ class SGConvNeXtBlock(nn.Module):
         super().__init__()
         if type(gate) is not bool:
             raise ValueError(f"gate={gate!r} must be True or False")
-        if not mlp_ratio * channels >= 1:
-            raise ValueError(f"mlp_ratio={mlp_ratio} leaves the MLP no hidden channel; give a larger one")
+        if not isinstance(mlp_ratio, int | float) or not 1 <= mlp_ratio * channels < math.inf:
+            raise ValueError(f"mlp_ratio={mlp_ratio!r} leaves the MLP no hidden channel; give a number such as 4")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.sgconv = SGConv2d(channels, input_size, **sgconv, **dd)
         self.gate = Gate(channels, eps=norm_eps, **dd) if gate else None

@@ -168,7 +168,8 @@ def _of_state(state: dict[str, Any], arch: str = "", **settings: Any) -> Any:
             f"{place} is of an SGConvNeXt; name its folder (local-dir:FOLDER) or a checkpoint of train.py"
         )
     if not blocks:
-        raise ValueError(f"{place} is not of a ConvNeXt: it has no depthwise convolutions (conv_dw)")
+        told = refusal(state) or "is not of a ConvNeXt: it has no depthwise convolutions (conv_dw)"
+        raise ValueError(f"{place} {told}")
     depths = [sum(stage == i for stage, _ in blocks) for i in range(4)]
     shape = {"depths": tuple(depths), "dims": tuple(blocks.get((i, 0), 0) for i in range(4)), "conv_mlp": False}
     if 0 in depths:

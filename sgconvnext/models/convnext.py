@@ -95,6 +95,8 @@ def in_timms_names(state: Mapping[str, Any], model: Any, place: str) -> dict[str
 
 def refusal(state: Mapping[str, Any]) -> str:
     """Why no SGConvNeXt has the outputs of the ConvNeXt with that state dict; empty if one has."""
+    if any(".conv_dw.gate." in key for key in state):
+        return "is of a gated ConvNeXt, whose weights no SGConvNeXt takes; name a ConvNeXt without gates"
     stem: Any = state.get("stem.0.weight")
     for found, what in (
         (any(".grn." in key for key in state), "is of a ConvNeXt-V2, whose MLP has a response norm (GRN)"),

@@ -5,7 +5,7 @@ The gate helps a 7x7 convolution too. Only beside this network can one see what 
 
 from typing import Any
 
-from timm.layers import Mlp, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
@@ -17,10 +17,10 @@ from .sgconvnext import GATED, NO_WEIGHTS, SIZES
 class GatedConvolution(nn.Module):
     """The gated output of a convolution that keeps shapes; (B, C, H, W) to the same."""
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, eps: float) -> None:
         super().__init__()
         self.conv = conv
-        self.gate = Gate(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype)
+        self.gate = Gate(conv.out_channels, eps, device=conv.weight.device, dtype=conv.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x).permute(0, 2, 3, 1)
@@ -35,10 +35,16 @@ class GatedConvNeXt(ConvNeXt):  # type: ignore[misc]  # timm has no types
         stage: Any
         for stage in self.stages:
             for block in stage.blocks:
-                channels, first = block.conv_dw.out_channels, block.mlp.fc1.weight
-                block.conv_dw = GatedConvolution(block.conv_dw)
-                hidden = int(GATED["mlp_ratio"] * channels)
-                block.mlp = Mlp(channels, hidden, use_conv=block.use_conv_mlp, device=first.device, dtype=first.dtype)
+                channels, mlp = block.conv_dw.out_channels, block.mlp
+                block.conv_dw = GatedConvolution(block.conv_dw, block.norm.eps)
+                block.mlp = type(mlp)(
+                    channels,
+                    int(GATED["mlp_ratio"] * channels),
+                    act_layer=type(mlp.act),
+                    use_conv=block.use_conv_mlp,
+                    device=mlp.fc1.weight.device,
+                    dtype=mlp.fc1.weight.dtype,
+                )
                 for layer in (block.mlp.fc1, block.mlp.fc2):
                     trunc_normal_(layer.weight, std=0.02)
                     nn.init.zeros_(layer.bias)

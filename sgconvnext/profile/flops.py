@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import one_line
 from ..longconv.cost import image_interpolation, linear_interpolation
+from ..models.gated_convnext import GatedConvolution
 from ..models.layer import SGConv, SGConv2d
 from ..training import build
 from .layer_cost import LayerCost, layer_cost
@@ -65,8 +66,8 @@ COLUMNS = (STEM, KERNEL, CONVOLUTION, EXECUTED, GATE, MLP, NORM, HEAD, OTHER)
 _MODULES = {
     r"stem()": STEM,
     r"stages\.(\d+)\.downsample": STEM,
-    r"stages\.(\d+)\.blocks\.\d+\.(?:sgconv|conv_dw)": CONVOLUTION,
-    r"stages\.(\d+)\.blocks\.\d+\.gate": GATE,
+    r"stages\.(\d+)\.blocks\.\d+\.(?:sgconv|conv_dw|conv_dw\.conv)": CONVOLUTION,
+    r"stages\.(\d+)\.blocks\.\d+\.(?:conv_dw\.)?gate": GATE,
     r"stages\.(\d+)\.blocks\.\d+\.mlp": MLP,
     r"stages\.(\d+)\.blocks\.\d+\.(?:norm|gamma)": NORM,
     r"head()": HEAD,
@@ -136,7 +137,7 @@ def count(model: nn.Module, images: Tensor) -> Count:
         _refuse_unknown(model, flops, calls)
         costs: defaultdict[tuple[str, str], Cost] = defaultdict(Cost)
         for name, module in model.named_modules():
-            if place := _place(name):
+            if (place := _place(name)) and not isinstance(module, GatedConvolution):  # its parts have places
                 stage, part = place
                 for found, cost in _costs(name, part, flops, activations, calls).items():
                     costs[stage, found] += cost
