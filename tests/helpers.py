@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sgconvnext
 from sgconvnext.longconv import available_backends, long_conv, reference
+from sgconvnext.models.gate import Gate
 
 BACKENDS_HERE = available_backends(torch.zeros(1, 1, 1))  # of float32 on a CPU
 SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "img_size": 64, "num_classes": 10}
@@ -118,6 +119,15 @@ def visible(model: Any) -> Any:
         mean, deviation = (0.0, 0.05) if parameter.ndim > 1 else (1.0, 0.1)
         torch.nn.init.normal_(parameter, mean, deviation, generator)
     return model.eval()
+
+
+def random_gates(model: Any) -> Any:
+    """The model with weights in its gates that are not 0, as they are at first."""
+    for module in model.modules():
+        if isinstance(module, Gate):
+            nn.init.normal_(module.weight, std=0.3)
+            nn.init.normal_(module.bias, std=0.3)
+    return model
 
 
 def in_the_authors_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
