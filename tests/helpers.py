@@ -18,6 +18,7 @@ from sgconvnext.models.gate import Gate
 BACKENDS_HERE = available_backends(torch.zeros(1, 1, 1))  # of float32 on a CPU
 SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "img_size": 64, "num_classes": 10}
 GAP: dict[str, Any] = {"row_gap": 3, "bias": True}  # of the _gap3 models
+GATED: dict[str, Any] = {"gate": True, "mlp_ratio": 3.5}  # of the _gated models
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import GAP, relative_error
+from helpers import GAP, GATED, random_gates, relative_error
 from timm.layers import DropPath, GlobalResponseNormMlp, Mlp
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torchvision.ops import StochasticDepth
 
 from sgconvnext.models import block, fused
 from sgconvnext.models.block import SGConvNeXtBlock
+from sgconvnext.models.gate import Gate
 
 SHAPE = (3, 8, 10, 7)  # 210 tokens
 
@@ -31,10 +32,12 @@ def whole(module: SGConvNeXtBlock, *arguments: Any) -> Any:
         return function(copy.deepcopy(module), *rest)
 
 
-def with_random_bias(module: SGConvNeXtBlock) -> SGConvNeXtBlock:
+def opened(module: SGConvNeXtBlock) -> SGConvNeXtBlock:
+    """With a bias and a gate, if it has them, that are not 0."""
     if module.sgconv.bias is not None:
         nn.init.normal_(module.sgconv.bias)
-    return module
+    opened: SGConvNeXtBlock = random_gates(module)
+    return opened
 
 
 def run(module: SGConvNeXtBlock, x: Tensor) -> Tensor:
@@ -57,11 +60,11 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("options", [{"ls_init_value": 0.5}, {"ls_init_value": None}, GAP], ids=str)
+@pytest.mark.parametrize("options", [{"ls_init_value": 0.5}, {"ls_init_value": None}, GAP, GATED], ids=str)
 def test_block_in_chunks_equals_the_whole(
     options: dict[str, Any], layout: torch.memory_format, chunks: list[torch.Size]
 ) -> None:
-    module = with_random_bias(SGConvNeXtBlock(8, (10, 7), **{"ls_init_value": 0.5} | options)).eval()
+    module = opened(SGConvNeXtBlock(8, (10, 7), **{"ls_init_value": 0.5} | options)).eval()
 
     x = torch.randn(SHAPE).to(memory_format=layout)
     with torch.no_grad():
@@ -93,8 +96,9 @@ def test_few_tokens_are_not_cut(chunks: list[torch.Size]) -> None:
     assert chunks == [(1, 8, 8, 8)]
 
 
-def test_chunks_drop_whole_images(chunks: list[torch.Size]) -> None:
-    module = SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0, drop_path=0.5)
+@pytest.mark.parametrize("options", [{}, GATED], ids=["plain", "gated"])
+def test_chunks_drop_whole_images(options: dict[str, Any], chunks: list[torch.Size]) -> None:
+    module = opened(SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0, drop_path=0.5, **options))
     x = torch.randn(32, 8, 10, 7)
     torch.manual_seed(0)
     branch = module(x) - x
@@ -127,6 +131,34 @@ def test_hook_sees_the_whole_map(chunks: list[torch.Size]) -> None:
     assert (3, 10, 7, 32) in seen[1:]
 
 
+class MeanGate(Gate):
+    """A gate that looks at the whole map."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return super().forward(y, x.mean(dim=(0, 1, 2), keepdim=True))
+
+
+@pytest.mark.parametrize("reparameterized", [False, True])
+def test_gate_that_was_replaced_is_given_the_whole_map(reparameterized: bool) -> None:
+    module, x = opened(SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0, **GATED)).eval(), torch.randn(SHAPE)
+    before = module(x)
+    other = MeanGate(8)
+    other.load_state_dict(module.gate.state_dict())
+    module.gate = other
+    if reparameterized:
+        module.sgconv.reparameterize()
+    with torch.no_grad():
+        assert torch.equal(module(x), whole(module, run, x))
+        assert relative_error(module(x), before) > 1e-3
+
+
+def test_hook_on_the_gate_sees_the_whole_map() -> None:
+    module, seen = opened(SGConvNeXtBlock(8, (10, 7), **GATED)), []
+    module.gate.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
+    module(torch.randn(SHAPE))
+    assert [each.shape for each in seen] == 3 * [(3, 10, 7, 8)]
+
+
 def test_chunks_go_through_a_replaced_layer() -> None:
     """Adapters put their own module in the place of a Linear."""
     module, x = SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0).eval(), torch.randn(SHAPE)
@@ -136,8 +168,9 @@ def test_chunks_go_through_a_replaced_layer() -> None:
     assert relative_error(module(x), whole(module, run, x)) <= 1e-6
 
 
-def test_chunks_under_autocast_equal_the_whole() -> None:
-    module, x = SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0).eval(), torch.randn(SHAPE)
+@pytest.mark.parametrize("options", [{}, GATED], ids=["plain", "gated"])
+def test_chunks_under_autocast_equal_the_whole(options: dict[str, Any]) -> None:
+    module, x = opened(SGConvNeXtBlock(8, (10, 7), ls_init_value=1.0, **options)).eval(), torch.randn(SHAPE)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = module(x)
         want = whole(module, run, x)
@@ -146,12 +179,14 @@ def test_chunks_under_autocast_equal_the_whole() -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize(("drop_path", "options"), [(0.0, {}), (0.5, {}), (0.0, GAP)], ids=str)
+@pytest.mark.parametrize(
+    ("drop_path", "options"), [(0.0, {}), (0.5, {}), (0.0, GAP), (0.0, GATED), (0.5, GATED)], ids=str
+)
 def test_fused_block_equals_the_whole(drop_path: float, options: dict[str, Any]) -> None:
     """The Triton programs around the MLP, in its interpreter where there is no GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"ls_init_value": 0.5, "drop_path": drop_path, "backend": "triton", "device": device} | options
-    module = with_random_bias(SGConvNeXtBlock(16, (5, 4), **options))
+    module = opened(SGConvNeXtBlock(16, (5, 4), **options))
     x, dy = torch.randn(8, 16, 5, 4, device=device), torch.randn(8, 16, 5, 4, device=device)
     other = copy.deepcopy(module)
     other.sgconv.backend = "fft"
@@ -175,9 +210,10 @@ def test_fused_block_equals_the_whole(drop_path: float, options: dict[str, Any])
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_fused_block_has_second_derivatives() -> None:
+@pytest.mark.parametrize("options", [{}, GATED], ids=["plain", "gated"])
+def test_fused_block_has_second_derivatives(options: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    module = SGConvNeXtBlock(16, (5, 4), ls_init_value=0.5, backend="triton", device=device)
+    module = opened(SGConvNeXtBlock(16, (5, 4), ls_init_value=0.5, backend="triton", device=device, **options))
     other = copy.deepcopy(module)
     other.sgconv.backend = "reference"
     x = torch.randn(2, 16, 5, 4, device=device, requires_grad=True)
@@ -196,9 +232,10 @@ def test_fused_block_has_second_derivatives() -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_transforms_see_the_fused_block_unfused() -> None:
+@pytest.mark.parametrize("options", [{}, GATED], ids=["plain", "gated"])
+def test_transforms_see_the_fused_block_unfused(options: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    module = SGConvNeXtBlock(16, (5, 4), ls_init_value=0.5, backend="triton", device=device)
+    module = opened(SGConvNeXtBlock(16, (5, 4), ls_init_value=0.5, backend="triton", device=device, **options))
     x = torch.randn(3, 2, 16, 5, 4, device=device, dtype=torch.float16)
     module.half()
     with torch.no_grad():

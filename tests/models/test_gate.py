@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import mixers, random_gates, refused, relative_error, small_model
+from helpers import GATED, mixers, random_gates, refused, relative_error, small_model
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3, reparameterize_model
 from torch import Tensor, nn
@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from sgconvnext.models.block import SGConvNeXtBlock
 from sgconvnext.models.gate import Gate
 from sgconvnext.profile.flops import CONVOLUTION, GATE, MLP, NORM, count
-
-GATED: dict[str, Any] = {"gate": True, "mlp_ratio": 3.5}
 
 
 def gates(model: nn.Module) -> list[Gate]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import GAP, relative_error
+from helpers import GAP, GATED, relative_error
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sgconvnext.models import packed_mlp
 from sgconvnext.models.block import SGConvNeXtBlock
+from sgconvnext.models.gate import Gate
 from sgconvnext.models.kept import _KEPT
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
@@ -25,7 +26,7 @@ SHAPE = (2, 16, 6, 7)
 
 
 def fixed_block(ls_init_value: float | None = 0.5, **options: Any) -> SGConvNeXtBlock:
-    """A reparameterized block with random biases."""
+    """A reparameterized block with random biases, and a random gate if it has one."""
     block = SGConvNeXtBlock(16, SHAPE[2:], ls_init_value=ls_init_value, **options)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -55,6 +56,31 @@ def test_packed_mlp_is_the_mlp(images: int, ls_init_value: float | None, layout:
     y = branch(block, x)
     assert block in _KEPT
     assert relative_error(y, exact(block, x)) <= 2e-6
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("options", [{}, {"mlp_ratio": 4.0}, {"ls_init_value": None}, {"norm_eps": 0.5}, GAP], ids=str)
+@pytest.mark.parametrize("images", [1, 2, 30, 0])  # in one chunk, and in two
+def test_packed_gate_is_the_gate(images: int, options: dict[str, Any], layout: torch.memory_format) -> None:
+    block, x = fixed_block(**(GATED | options)), torch.randn(images, *SHAPE[1:]).to(memory_format=layout)
+    given = x.clone()
+    y = branch(block, x)
+    assert (block in _KEPT) == (images > 0)
+    assert torch.equal(x, given)
+    assert y.shape == x.shape
+    if images:
+        assert relative_error(y, exact(block, x)) <= 2e-6
+        nn.init.zeros_(block.gate.weight)
+        assert relative_error(branch(block, x), y) > 1e-3
+
+
+def test_packed_gate_is_freed_when_training_follows() -> None:
+    block, x = fixed_block(**GATED), torch.randn(SHAPE)
+    branch(block, x)
+    assert block in _KEPT
+    block(x).sum().backward()
+    assert block not in _KEPT
+    assert block.gate.weight.grad.any()
 
 
 @pytest.mark.parametrize("images", [2, 0])
@@ -116,6 +142,39 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_packed_weights_follow_every_change(change: Callable[[Any], object]) -> None:
     block, x = fixed_block(), torch.randn(SHAPE)
+    before = branch(block, x)
+    assert block in _KEPT
+    with torch.no_grad():
+        change(block)
+    after = branch(block, x)
+    assert relative_error(after, exact(block, x)) <= 2e-6
+    assert relative_error(after, before) > 1e-5
+
+
+class NegativeGate(Gate):
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return -super().forward(y, x)
+
+
+GATE_CHANGES: dict[str, Callable[[Any], object]] = {
+    "weight": lambda b: nn.init.normal_(b.gate.weight),
+    "bias": lambda b: nn.init.normal_(b.gate.bias),
+    "eps": lambda b: setattr(b.gate, "eps", 1.0),
+    "closed": lambda b: b.gate.reset_parameters(),
+    "data replaced": lambda b: setattr(b.gate.weight, "data", torch.randn(16, 16)),
+    "parameter replaced": lambda b: setattr(b.gate, "bias", nn.Parameter(torch.randn(16))),
+    "loaded": lambda b: b.load_state_dict(fixed_block(**GATED).state_dict()),
+    "taken away": lambda b: setattr(b, "gate", None),
+    "replaced": lambda b: setattr(b.gate, "__class__", NegativeGate),
+    "forward of its own": lambda b: setattr(b.gate, "forward", lambda y, x: y * x),
+    "hook": lambda b: b.gate.register_forward_hook(lambda _, __, gated: gated**2),
+    "parametrized": lambda b: parametrize.register_parametrization(b.gate, "weight", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("change", GATE_CHANGES.values(), ids=GATE_CHANGES)
+def test_packed_gate_follows_every_change(change: Callable[[Any], object]) -> None:
+    block, x = fixed_block(**GATED), torch.randn(SHAPE)
     before = branch(block, x)
     assert block in _KEPT
     with torch.no_grad():
