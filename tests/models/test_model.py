@@ -191,7 +191,8 @@ def test_every_size_is_listed_and_only_convnexts_weights_are_claimed() -> None:
     sizes = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large")
     plain = {f"sgconvnext_{size}" for size in sizes}
     gap3 = {f"sgconvnext_{size}_gap3" for size in (*sizes, "large_mlp", "xlarge", "xxlarge")}
-    assert set(timm.list_models("sgconvnext*")) == plain | gap3
+    gated = {f"sgconvnext_{size}_gated" for size in sizes}
+    assert set(timm.list_models("sgconvnext*")) == plain | gap3 | gated
     assert {name.partition(".")[0] for name in timm.list_pretrained("sgconvnext*")} == gap3  # ConvNeXt's
 
 
@@ -203,7 +204,7 @@ def test_default_configuration_names_modules_that_exist() -> None:
     assert model.get_submodule(config["classifier"]) is model.get_classifier()
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, "atto_gated"])
 def test_pretrained_is_refused_while_no_weights_exist(size: str) -> None:
     with refused(f"sgconvnext_{size}", "pretrained=False", "pretrained_cfg_overlay"):
         timm.create_model(f"sgconvnext_{size}", pretrained=True, device="meta")

@@ -10,7 +10,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from helpers import BACKENDS_HERE, GAP, mixers, refused, relative_error, small_model
+from helpers import BACKENDS_HERE, GAP, GATED, mixers, random_gates, refused, relative_error, small_model
 from timm.utils import reparameterize_model
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -26,7 +26,7 @@ each_backend = pytest.mark.parametrize("backend", ["auto", *BACKENDS_HERE])
 
 
 def network(reparameterized: bool = False, **options: Any) -> nn.Module:
-    model = small_model(ls_init_value=0.5, **options)
+    model = random_gates(small_model(ls_init_value=0.5, **options))
     return reparameterize_model(model) if reparameterized else model
 
 
@@ -95,6 +95,7 @@ def test_every_opset_of_the_legacy_exporter_has_the_convolution(
         ({"bidirectional": False}, (64, 96)),
         ({"decay": "position"}, (64, 64)),
         (GAP, (96, 64)),
+        (GATED, (96, 64)),
         *(
             pytest.param(*case, marks=pytest.mark.end_to_end)
             for case in [
@@ -186,8 +187,9 @@ def test_traced_layer_has_the_gradients_of_the_layer(backend: str) -> None:
 
 
 @each_form
-def test_scripted_network_can_be_switched_and_optimised(reparameterized: bool) -> None:
-    model, x = network(reparameterized), images(2, (96, 64))
+@pytest.mark.parametrize("options", [{}, GATED], ids=["plain", "gated"])
+def test_scripted_network_can_be_switched_and_optimised(options: dict[str, Any], reparameterized: bool) -> None:
+    model, x = network(reparameterized, **options), images(2, (96, 64))
     with torch.no_grad():
         want = model(x)
         scripted = torch.jit.script(model)
@@ -202,7 +204,7 @@ def test_scripted_network_can_be_switched_and_optimised(reparameterized: bool) -
 
 
 @each_form
-@pytest.mark.parametrize("options", [*({"backend": name} for name in ["auto", *BACKENDS_HERE]), GAP], ids=str)
+@pytest.mark.parametrize("options", [*({"backend": name} for name in ["auto", *BACKENDS_HERE]), GAP, GATED], ids=str)
 def test_make_fx_records_no_write_and_the_right_operators(options: dict[str, Any], reparameterized: bool) -> None:
     model, x = network(reparameterized, **options), images()
     with torch.no_grad():
@@ -214,7 +216,7 @@ def test_make_fx_records_no_write_and_the_right_operators(options: dict[str, Any
         assert relative_error(graph(x), model(x)) <= 1e-6
 
 
-@pytest.mark.parametrize("options", [{}, GAP], ids=str)
+@pytest.mark.parametrize("options", [{}, GAP, GATED], ids=str)
 @each_form
 def test_symbolic_trace_runs_at_every_size(reparameterized: bool, options: dict[str, Any]) -> None:
     model = network(reparameterized, **options)
