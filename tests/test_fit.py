@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import GAP, SMALL, refused, relative_error, small_model
+from helpers import GAP, GATED, SMALL, random_gates, refused, relative_error, small_model
 from torch import Tensor
 from training_helpers import MICRO, micro_config, trained
 
@@ -29,7 +29,7 @@ def loaded(found: Weights, model: torch.nn.Module | None = None) -> torch.nn.Mod
 
 
 def convnext(**kwargs: Any) -> Any:
-    return timm.create_model("convnext_atto", **({**MICRO, "num_classes": 10} | kwargs))
+    return timm.create_model(**({"model_name": "convnext_atto", "num_classes": 10} | MICRO | kwargs))
 
 
 OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
@@ -43,6 +43,19 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "scales": (lambda: small_model(num_scales=3), "has 3 scales a kernel, the model 5; build it with num_scales=3"),
     "gap": (lambda: small_model(**GAP), "is of a model with a bias in its mixers, such as the _gap3 models"),
+    "gates": (
+        lambda: small_model(**GATED),
+        "is of a model with gates, such as the _gated models; name that model, or build it with gate=True",
+    ),
+    "gates alone": (lambda: small_model(gate=True), "is of a model with gates"),
+    "narrower MLPs": (
+        lambda: small_model(mlp_ratio=2.5),
+        "has MLPs whose hidden layer has 2.5 times the width, the model's has 4 times; build it with mlp_ratio=2.5",
+    ),
+    "gated convnext": (
+        lambda: timm.create_model("convnext_atto_gated", **MICRO, num_classes=10),
+        "is of a gated ConvNeXt, whose weights no SGConvNeXt takes; name convnext_NAME_gated",
+    ),
     "size": (
         lambda: small_model(img_size=96),
         "for another image size (stages.0.blocks.0.sgconv.weight has 5 scales of",
@@ -80,6 +93,36 @@ def test_weights_of_a_reparameterized_model_are_told() -> None:
     model = timm.utils.reparameterize_model(small_model())
     with refused("is of a reparameterized model", "from before timm.utils.reparameterize_model"):
         loaded(model.state_dict())
+
+
+def test_weights_without_gates_are_not_those_of_a_gated_model() -> None:
+    told = (
+        "is of a model without gates, such as the models without _gated; name that model, or build it with gate=False"
+    )
+    with refused("checkpoint 'a.pth' ", told, "and the mlp_ratio that it had"):
+        loaded(small_model().state_dict(), small_model(**GATED))
+    with refused(told):
+        loaded(small_model(mlp_ratio=3.5).state_dict(), small_model(**GATED))
+    with refused(told):
+        loaded(convnext().state_dict(), convnext(model_name="convnext_atto_gated"))
+    with refused("is of a model with gates, such as the _gated models"):
+        loaded(convnext(model_name="convnext_atto_gated").state_dict(), convnext())
+
+
+def test_cure_for_gates_works(tmp_path: Path) -> None:
+    source = random_gates(small_model(**GATED))
+    model = loaded(source.state_dict(), small_model(gate=True, mlp_ratio=3.5))
+    named = timm.create_model("sgconvnext_atto_gated", **SMALL | {"ls_init_value": 1.0})
+    x = torch.randn(1, 3, 64, 64)
+    for got in (model, loaded(source.state_dict(), named)):
+        assert torch.equal(got.eval()(x), source(x))
+    path = start(tmp_path)
+    with refused("best.pth", "gate=False, this model has gate=True"):
+        create(path, **{"model.kwargs": MICRO | {"gate": True}})
+    with refused("best.pth", "mlp_ratio=4.0, this model has mlp_ratio=3.5"):
+        create(path, **{"model.kwargs": MICRO | {"mlp_ratio": 3.5}})
+    with refused("best.pth", "was trained as sgconvnext_atto, this model is sgconvnext_atto_gated"):
+        create(path, **{"model.name": "sgconvnext_atto_gated"})
 
 
 def test_weights_of_an_sgconvnext_are_no_convnexts() -> None:

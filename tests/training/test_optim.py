@@ -101,6 +101,8 @@ def decayed_by_convnext(name: str, shape: torch.Size, exempt: frozenset[str] = f
         ("sgconvnext_small", 113, 231),
         ("sgconvnext_base", 113, 231),
         ("sgconvnext_large", 113, 231),
+        ("sgconvnext_atto_gated", 53, 99),
+        ("convnext_atto_gated", 53, 99),
     ],
 )
 def test_weight_decay_spares_biases_and_vectors_alone(
@@ -188,6 +190,8 @@ LAYERS = {  # last layer below the head, groups
     "sgconvnext_base": (12, 28),
     "sgconvnext_large": (12, 28),
     "sgconvnext_atto": (5, 14),  # ceil(6 / 3) layers in stage 3
+    "sgconvnext_atto_gated": (5, 14),
+    "convnext_atto_gated": (5, 14),
 }
 
 
