@@ -1,11 +1,12 @@
 """A converted ConvNeXt is the ConvNeXt: logits, features, gradients, at every size; timm's ConvNeXt is the oracle."""
 
+import copy
 from typing import Any
 
 import pytest
 import timm
 import torch
-from helpers import in_the_authors_names, refused, relative_error, visible
+from helpers import in_the_authors_names, mixers, random_gates, refused, relative_error, visible
 from torch import Tensor, nn
 
 import sgconvnext
@@ -323,6 +324,92 @@ def test_way_back_is_refused_where_energy_would_be_lost() -> None:
         conversion.to_convnext(model)
     with refused("row_gap=0", "row_gap=3"):
         conversion.to_convnext(timm.create_model("sgconvnext_atto", **NARROW))
+
+
+# With gates
+
+
+def test_gates_that_are_added_change_no_output_and_are_counted() -> None:
+    source = theirs(num_classes=3)
+    got, plain = sgconvnext.from_convnext(source, gate=True), sgconvnext.from_convnext(source)
+    added = sum(depth * (c**2 + c) for depth, c in zip(NARROW["depths"], NARROW["dims"], strict=True))
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (got, plain)]
+    assert sizes[0] == sizes[1] + added
+    for size in ((224, 224), (96, 160), (32, 32)):
+        assert_same(got, source, images(*size))
+        assert torch.equal(got(images(*size)), plain(images(*size)))
+    assert_same(timm.utils.reparameterize_model(got), source, images(96, 160))
+
+
+def test_gates_that_are_added_learn() -> None:
+    got = sgconvnext.from_convnext(theirs(), gate=True, img_size=128).train()
+    optimizer = torch.optim.SGD(got.parameters(), lr=1e-2)
+    x = images(64, 64, batch=2)
+    before = got(x)
+    before.square().mean().backward()
+    gates = {name: parameter for name, parameter in got.named_parameters() if ".gate." in name}
+    assert len(gates) == 2 * sum(NARROW["depths"])
+    assert all(parameter.grad.any() for parameter in gates.values())
+    optimizer.step()
+    assert all(parameter.any() for parameter in gates.values())
+    assert relative_error(got(x), before) > 1e-4
+
+
+def test_other_arguments_go_with_the_gates() -> None:
+    source = theirs(drop_path_rate=0.2)
+    kwargs = {"num_classes": 7, "in_chans": 1, "img_size": (96, 64), "drop_path_rate": 0.5}
+    got = sgconvnext.from_convnext(source, gate=True, **kwargs)
+    want = timm.create_model("sgconvnext_atto_gap3", **NARROW, gate=True, **kwargs)
+    assert {k: v.shape for k, v in got.state_dict().items()} == {k: v.shape for k, v in want.state_dict().items()}
+    assert got(images(96, 64, channels=1)).shape == (1, 7)
+    features = sgconvnext.from_convnext(source, gate=True, features_only=True, out_indices=(1, 3))
+    maps = source.forward_intermediates(images(96, 64), [1, 3], intermediates_only=True)
+    for got_map, wanted in zip(features(images(96, 64)), maps, strict=True):
+        assert relative_error(got_map, wanted) <= BOUND
+    wide = sgconvnext.from_convnext(source, gate=True, dtype=torch.float64)
+    assert {parameter.dtype for parameter in wide.parameters()} == {torch.float64}
+
+
+def test_way_back_is_open_while_the_gates_are_closed() -> None:
+    source = theirs(num_classes=3)
+    model = sgconvnext.from_convnext(source, gate=True)
+    back, error = conversion.to_convnext(model)
+    assert error <= BOUND
+    want = source.state_dict()
+    assert back.state_dict().keys() == want.keys()
+    for key, value in back.state_dict().items():
+        assert torch.equal(value.flatten(), want[key].flatten()), key
+    for part in ("weight", "bias"):
+        opened = copy.deepcopy(model)
+        with torch.no_grad():
+            getattr(opened.stages[2].blocks[1].gate, part).flatten()[3] = 1e-3
+        with refused("sgconvnext_atto_gap3.d2_in1k has gates, which a ConvNeXt would lose; keep the SGConvNeXt"):
+            conversion.to_convnext(opened)
+
+
+@pytest.mark.parametrize("kwargs", [{"mlp_ratio": 3.5}, {"mlp_ratio": 3.5, "gate": True}], ids=str)
+def test_narrower_mlps_hold_no_convnext(kwargs: dict[str, Any]) -> None:
+    told = "has MLPs whose hidden layer has 4 times the width, the model's has 3.5 times; build it with mlp_ratio=4"
+    with refused("sgconvnext_atto_gap3: the pretrained file", told):
+        sgconvnext.from_convnext(theirs(), **kwargs)
+    model = timm.create_model("sgconvnext_atto_gap3", **NARROW, **kwargs)
+    for layer in mixers(model):
+        weight = torch.randn(layer.channels, 1, 7, 7)
+        layer.load_state_dict(convnext.mixer_state(weight, layer), strict=False)
+    with refused("has MLPs whose hidden layer has 3.5 times the width, the model's has 4 times; keep the SGConvNeXt"):
+        conversion.to_convnext(model)
+
+
+def test_gated_convnext_is_not_converted() -> None:
+    source = random_gates(theirs("convnext_atto_gated"))
+    with refused("convnext_atto_gated is no ConvNeXt of timm, but of the class GatedConvNeXt"):
+        sgconvnext.from_convnext(source)
+    told = "is of a gated ConvNeXt, whose weights no SGConvNeXt takes; name a ConvNeXt without gates"
+    with refused("the state dict", told):
+        sgconvnext.from_convnext(source.state_dict())
+    overlay = {"state_dict": source.state_dict()}
+    with refused("sgconvnext_atto_gap3: the pretrained file", told):
+        timm.create_model("sgconvnext_atto_gap3", pretrained=True, pretrained_cfg_overlay=overlay, **NARROW)
 
 
 def test_energy_outside_the_square_is_that_of_all_other_lags() -> None:
