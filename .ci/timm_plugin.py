@@ -7,12 +7,14 @@ from timm.models import _registry
 
 from sgconvnext.models.sgconvnext import SIZES
 
-MODELS = [f"sgconvnext_{size}" for size in SIZES] + ["sgconvnext_atto_gap3", "sgconvnext_tiny_gap3"]
+MODELS = [f"sgconvnext_{size}" for size in SIZES]
+MODELS += ["sgconvnext_atto_gap3", "sgconvnext_tiny_gap3", "sgconvnext_atto_gated", "convnext_atto_gated"]
 MIN_TESTS = 10  # per model; timm 1.0.31 has 11
 REQUIRED_TESTS = {"test_model_forward_intermediates", "test_model_forward_torchscript", "test_model_forward_fx"}
 
-# timm picks the models of its intermediate-feature tests by module, and our module is not on its list.
-_registry._module_to_models["convnext"] |= _registry._module_to_models["sgconvnext"]
+# timm picks the models of its intermediate-feature tests by module, and our modules are not on its list.
+for module in ("sgconvnext", "gated_convnext"):
+    _registry._module_to_models["convnext"] |= _registry._module_to_models[module]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
