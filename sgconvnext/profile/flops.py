@@ -1,8 +1,8 @@
 """Parameters, MACs and activations per stage and part, counted by fvcore with our own formulas for our operators.
 
 Units and conventions are fvcore's and timm's, so that numbers compare with theirs: a MAC is one multiply-add, or two
-FLOPs; norms and softmax cost 5 MACs per element and pooling 1; elementwise arithmetic (GELU, residual sums, layer
-scale) is free; activations are the outputs of convolutions and matrix products. Transforms and complex products cost
+FLOPs; norms and softmax cost 5 MACs per element (a norm without parameters 4) and pooling 1; elementwise arithmetic
+(GELU, residual sums, layer scale, the product of a gate) is free; activations are the outputs of convolutions and matrix products. Transforms and complex products cost
 half their FLOPs.
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BACKENDS_HERE, small_model
+from helpers import BACKENDS_HERE, GAP, GATED, random_gates, small_model
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -139,14 +139,16 @@ def test_count_of_a_signal_layer_is_what_runs(bidirectional: bool) -> None:
         assert 2 * count(layer, x).total().executed == flops(layer, x) > 0
 
 
-def test_fixed_network_is_counted_whole() -> None:
-    """Its MLPs would run oneDNN's operators, and its taps are transformed: a counter sees neither."""
-    model, x = reparameterize_model(small_model(ls_init_value=0.5)), torch.randn(2, 3, 64, 64)
+@pytest.mark.parametrize("options", [{}, GATED], ids=["plain", "gated"])
+def test_fixed_network_is_counted_whole(options: dict[str, Any]) -> None:
+    """Its gates and MLPs would run oneDNN's operators, and its taps are transformed: a counter sees neither."""
+    model = reparameterize_model(random_gates(small_model(ls_init_value=0.5, **options)))
+    x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         want = model(x)
         model(x)
     assert any(block in _KEPT for stage in model.stages for block in stage.blocks)
-    fresh = small_model()
+    fresh = small_model(**options)
     kernels = count(fresh, x).total(part=KERNEL).executed
     assert flops(model, x) == flops(fresh, x) - 2 * kernels
     with torch.no_grad(), FlopCounterMode(display=False):
@@ -157,7 +159,7 @@ def test_fixed_network_is_counted_whole() -> None:
 RULES = {"total_ops": THOP, "__flops__": PTFLOPS}
 
 
-@pytest.mark.parametrize("options", [{}, {"row_gap": 3, "bias": True}], ids=["plain", "gap3"])
+@pytest.mark.parametrize("options", [{}, GAP, GATED], ids=["plain", "gap3", "gated"])
 @pytest.mark.parametrize("attribute", RULES)
 def test_rules_tell_other_counters_what_a_layer_costs(attribute: str, options: dict[str, Any]) -> None:
     rules: Any = RULES[attribute]
@@ -172,5 +174,7 @@ def test_rules_tell_other_counters_what_a_layer_costs(attribute: str, options: d
     told = sum(float(getattr(layer, attribute)) for layer in layers)
     counted = count(small_model(**options), x)
     want = counted.total(part=CONVOLUTION).macs + counted.total(part=KERNEL).macs
+    if "gate" in options:  # tokens and channels of each block
+        want += 2 * sum(tokens * channels**2 for tokens, channels in ((256, 8), (64, 16), (16, 24), (4, 32)))
     assert told == pytest.approx(want, abs=len(layers))  # MACs are whole numbers there
-    assert len(layers) == 4
+    assert len(layers) == (8 if "gate" in options else 4)
