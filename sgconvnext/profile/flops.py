@@ -2,8 +2,8 @@
 
 Units and conventions are fvcore's and timm's, so that numbers compare with theirs: a MAC is one multiply-add, or two
 FLOPs; norms and softmax cost 5 MACs per element (a norm without parameters 4) and pooling 1; elementwise arithmetic
-(GELU, residual sums, layer scale, the product of a gate) is free; activations are the outputs of convolutions and matrix products. Transforms and complex products cost
-half their FLOPs.
+(GELU, residual sums, layer scale, the product of a gate) is free; activations are the outputs of convolutions and
+matrix products. Transforms and complex products cost half their FLOPs.
 """
 
 import functools
