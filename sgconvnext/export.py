@@ -215,7 +215,7 @@ def card(model: nn.Module, description: str, details: dict[str, str]) -> str:
     """
     source: Any = model.pretrained_cfg
     arch = source["architecture"]
-    ours = arch.startswith("sgconvnext_")
+    ours = type(model).__module__.startswith("sgconvnext.")
     imports = "import sgconvnext, timm  # sgconvnext registers the model" if ours else "import timm"
     wrapped = "import sgconvnext, transformers" if ours else "import transformers"
     content: dict[str, Any] = {
@@ -226,7 +226,7 @@ def card(model: nn.Module, description: str, details: dict[str, str]) -> str:
         "details": details,
         "usage": USAGE.format(imports=imports, wrapped=wrapped),
     }
-    return generate_readme(content | ({"citation": SGCONV} if ours else {}), arch)
+    return generate_readme(content | ({"citation": SGCONV} if arch.startswith("sgconvnext_") else {}), arch)
 
 
 def num_parameters(model: nn.Module) -> str:

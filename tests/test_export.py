@@ -213,6 +213,19 @@ def test_model_card_of_another_model_does_not_cite_sgconv(tmp_path: Path) -> Non
     assert "import sgconvnext" not in text
 
 
+def test_gated_models_are_exported_with_the_import_that_registers_them(tmp_path: Path) -> None:
+    for name in ("sgconvnext_atto_gated", "convnext_atto_gated"):
+        path, model, _ = trained(tmp_path, **{"model.name": name})
+        folder = tmp_path / name
+        export_checkpoint(path, str(folder))
+        got = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        assert all(value.any() for key, value in got.state_dict().items() if ".gate." in key)
+        images = torch.randn(2, 3, 64, 64)
+        assert torch.equal(got(images), model.eval()(images))
+        assert "import sgconvnext, timm" in card_of(folder).text
+        assert ("2210.09298" in card_of(folder).text) == name.startswith("sg")
+
+
 def test_run_starts_from_exported_weights_as_from_the_checkpoint(tmp_path: Path) -> None:
     path, model, _ = trained(tmp_path, **{"data.img_size": 64})
     export_checkpoint(path, str(tmp_path / "folder"))
