@@ -109,11 +109,15 @@ def packed_form(block: Any, x: Tensor, mlp: PackedMlp) -> Tensor:
     """As `chunked_form`, with packed weights; layer scale and sum are in the products."""
     y = block.sgconv(x).permute(0, 2, 3, 1)
     chunks, shortcuts = _token_chunks(y), _token_chunks(x.permute(0, 2, 3, 1))
-    if block.gate is not None:
-        normed = map(block.gate.normed, shortcuts)
-        chunks = tuple(map(mlp.gated, chunks, normed))
-    done = [mlp(block.norm(chunk), part) for chunk, part in zip(chunks, shortcuts, strict=True)]
+    done = [_packed_sum(block, mlp, chunk, part) for chunk, part in zip(chunks, shortcuts, strict=True)]
     return (done[0] if len(done) == 1 else torch.cat(done)).view_as(y).permute(0, 3, 1, 2)
+
+
+def _packed_sum(block: Any, mlp: PackedMlp, y: Tensor, x: Tensor) -> Tensor:
+    """x + gamma * MLP(LN(Gate(y, x))) of tokens (tokens, C)."""
+    if block.gate is not None:
+        y = mlp.gated(y, block.gate.normed(x))
+    return mlp(block.norm(y), x)
 
 
 def _token_chunks(y: Tensor) -> tuple[Tensor, ...]:
