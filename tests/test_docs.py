@@ -358,3 +358,11 @@ def test_every_size_has_a_config(size: str) -> None:
     assert config.model.name == f"sgconvnext_{size}"
     listed = [path for code in inline_code("docs/training.md") if "{" in code for path in expanded(code)]
     assert f"configs/sgconvnext_{size}.yaml" in listed
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gated_model_has_the_recipe_of_the_plain_one(size: str) -> None:
+    plain, gated = (load_config(CONFIGS / f"sgconvnext_{size}{ending}.yaml") for ending in ("", "_gated"))
+    assert (gated.model.name, gated.out) == (f"sgconvnext_{size}_gated", f"runs/sgconvnext_{size}_gated")
+    gated.model.name, gated.out = plain.model.name, plain.out
+    assert gated == plain
