@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import BACKENDS_HERE, GAP, mixers, refused, relative_error, small_model
+from helpers import BACKENDS_HERE, GAP, GATED, mixers, random_gates, refused, relative_error, small_model
 from timm.models import create_feature_extractor, group_parameters
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -606,19 +606,19 @@ def test_scripted_model_equals_eager(options: dict[str, Any]) -> None:
         scripted(images((16, 64)))
 
 
-@pytest.mark.parametrize("options", [{}, GAP], ids=str)
+@pytest.mark.parametrize("options", [{}, GAP, GATED], ids=str)
 def test_model_compiles_without_a_graph_break(options: dict[str, Any]) -> None:
     torch.compiler.reset()
-    model, x = small_model(**options), images()
+    model, x = random_gates(small_model(**options)), images()
     y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
     assert relative_error(y, model(x)) <= 1e-5
     y.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, GAP], ids=str)
+@pytest.mark.parametrize("options", [{}, GAP, GATED], ids=str)
 def test_model_exports(options: dict[str, Any]) -> None:
-    model, x = small_model(**options), images()
+    model, x = random_gates(small_model(**options)), images()
     exported = torch.export.export(model, (x,)).module()
     assert relative_error(exported(x), model(x)) <= 1e-5
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import GAP, refused, relative_error, small_model
+from helpers import GAP, GATED, random_gates, refused, relative_error, small_model
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
@@ -194,8 +194,9 @@ def test_model_can_be_exported_with_any_batch(options: dict[str, Any]) -> None:
 
 
 @scripting
-def test_reparameterized_model_can_be_exported_compiled_scripted_and_copied() -> None:
-    model = reparameterize_model(small_model(backend="fft"))
+@pytest.mark.parametrize("options", [{}, GATED], ids=["plain", "gated"])
+def test_reparameterized_model_can_be_exported_compiled_scripted_and_copied(options: dict[str, Any]) -> None:
+    model = reparameterize_model(random_gates(small_model(backend="fft", **options)))
     x = images(2, 3, 64, 64)
     want = inferred(model, x)
     with torch.no_grad():
