@@ -293,7 +293,10 @@ def row_of(page: str, name: str, heading: str) -> dict[str, str]:
     return rows[0]
 
 
-FAMILIES = {"sgconvnext_*": "", "convnext_*": "ConvNeXt's ", "sgconvnext_*_gap3": None}  # whose columns in README
+FAMILIES = {  # whose columns in README
+    **{"sgconvnext_*": "", "convnext_*": "ConvNeXt's "},
+    **dict.fromkeys(["sgconvnext_*_gap3", "sgconvnext_*_gated", "convnext_*_gated"]),
+}
 
 
 @functools.cache
