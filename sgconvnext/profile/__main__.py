@@ -194,7 +194,7 @@ def _flops(sub: Parser) -> None:
     )
     sub.add_argument("--stages", action="store_true", help="also show every part of every stage")
     _add_output(sub)
-    sub.set_defaults(measure=run_flops, rounds=1, round_seconds=0, seconds=math.inf)
+    sub.set_defaults(measure=run_flops, rounds=1, round_seconds=0, seconds=math.inf, device="cpu")
 
 
 def _throughput(sub: Parser) -> None:
@@ -304,7 +304,7 @@ def _add_output(sub: Parser) -> None:
         if name != "table":
             text = f"print {name.title() if name == 'markdown' else name.upper()} instead of plain tables"
             style.add_argument(f"--{name}", dest="style", action="store_const", const=name, help=text)
-    sub.set_defaults(style="table", threads=None, device="cpu", plot=None)
+    sub.set_defaults(style="table", threads=None, plot=None)
 
 
 if __name__ == "__main__":
