@@ -25,7 +25,7 @@ from torch.autograd import Function
 
 from . import fft
 from .backend import Backend, Operations
-from .context import is_compiled_transform, is_in_forward_mode
+from .context import is_compiled_transform, is_in_forward_mode, is_transformed
 
 Dims: TypeAlias = tuple[int | None, ...]
 
@@ -44,13 +44,15 @@ def long_conv(x: Tensor, taps: Tensor, backend: Backend) -> Tensor:
     return y
 
 
-def _again(operations: Operations) -> Operations:
-    """The same operations in a form that is differentiable itself.
+def _again(operations: Operations, *tensors: Tensor) -> Operations:
+    """The same operations in a form that is differentiable itself, where somebody may differentiate again.
 
     A compiled graph has no second derivatives, and its compiler cannot see a Function in the backward of another one.
     """
     if torch.compiler.is_compiling():
         return operations
+    if not torch.is_grad_enabled() and not is_transformed():
+        return _seen_by(operations, *tensors)
     if is_in_forward_mode():
         return fft.PLAIN
     both = operations.gradients and (lambda x, taps, dy: _Gradients.apply(x, taps, dy, operations))
@@ -83,7 +85,7 @@ class _Convolve(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, taps = ctx.saved_tensors
         dx = dtaps = None
-        operations, dy = _again(ctx.operations), dy.to(x.dtype)
+        operations, dy = _again(ctx.operations, x, taps, dy), dy.to(x.dtype)
         if all(ctx.needs_input_grad[:2]) and operations.gradients and not ctx.adjoint:
             dx, dtaps = operations.gradients(x, taps, dy)
         else:
@@ -125,7 +127,7 @@ class _Correlate(Function):
         if taps is None:
             return None, None, None, None
         x, dy = ctx.saved_tensors
-        operations = _again(ctx.operations)
+        operations = _again(ctx.operations, x, dy, taps)
         of_x = operations.convolve(dy, taps, True) if ctx.needs_input_grad[0] else None
         of_dy = operations.convolve(x, taps, False) if ctx.needs_input_grad[1] else None
         return of_x, of_dy, None, None
@@ -158,7 +160,8 @@ class _Gradients(Function):
     def backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
         """u and v are the gradients of dx and of dtaps."""
         x, taps, dy = ctx.saved_tensors
-        operations, needs = _again(ctx.operations), ctx.needs_input_grad
+        known = [tensor for tensor in (x, taps, dy, u, v) if tensor is not None]
+        operations, needs = _again(ctx.operations, *known), ctx.needs_input_grad
         of_x = operations.convolve(dy, v, True) if needs[0] and v is not None else None
         of_taps = operations.correlate(u, dy, taps.shape[1]).to(taps.dtype) if needs[1] and u is not None else None
         of_dy = operations.convolve(u, taps, False) if needs[2] and u is not None else None

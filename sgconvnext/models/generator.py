@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..longconv import check_backend
+from ..longconv.triton import kernel as triton_kernel
 from .kept import forget
 from .kernel import (
     DECAYS,
@@ -140,7 +141,17 @@ class KernelGenerator(nn.Module):
         if self.taps is not None:
             return self.taps
         else:  # noqa: RET505  TorchScript compiles what follows an if, but not the other branch of one that is settled
+            if not torch.jit.is_scripting() and triton_kernel.takes(self.weight, self.skip, self.kernel_norm):
+                return self._taps_by_triton()
             return lag_taps(self.kernel(), self.skip)
+
+    @torch.jit.unused
+    def _taps_by_triton(self) -> Tensor:
+        options = self.options
+        exponent = options.exponent if options.decay == "position" else None
+        return triton_kernel.multiscale_taps(
+            self.weight, self.skip, self.kernel_norm, self.length, options.alpha, exponent
+        )
 
     @torch.jit.unused
     def reparameterize(self) -> None:

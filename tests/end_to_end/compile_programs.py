@@ -47,6 +47,7 @@ def launch_of(operator: str, batch: int, length: int, causal: bool, dtype: str, 
     first_lag = length - taps.shape[1]
     launches = Launches(CORRELATE if operator == "dtaps" else CONVOLVE)
     triton_programs._convolve = triton_programs._correlate = launches
+    triton_programs._lay_out = Launches(triton_programs._lay_out)
     if operator == "dtaps":
         triton_programs.correlate(x, x, first_lag, tile)
     else:

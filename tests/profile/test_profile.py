@@ -337,7 +337,9 @@ def test_cuda_that_is_not_there_is_refused(refusal: Run, monkeypatch: pytest.Mon
     assert "--device cpu" in refusal("ops", "--device", "cuda")
 
 
-@pytest.mark.parametrize("command", [["ops"], ["throughput", "convnext_atto"], ["scaling", "convnext_atto"], ["tiles"]])
+@pytest.mark.parametrize(
+    "command", [["ops"], ["throughput", "convnext_atto"], ["scaling", "convnext_atto"], ["tiles"]]
+)
 def test_a_gpu_is_used_where_there_is_one(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["profile", *command])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

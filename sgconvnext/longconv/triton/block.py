@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+from .operator import operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SPOKEN = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -43,7 +46,7 @@ def layer_norm_channels_last(
     dtype = x.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}; y can be {_SPOKEN}")
-    y, _ = _norm(x, weight, bias, eps, dtype)
+    y: Tensor = _Norm.apply(x, weight, bias, eps, dtype)
     return y
 
 
@@ -81,7 +84,8 @@ def scale_residual_channels_first(
         _check_vector("keep", keep, batch, "B")
         if keep.requires_grad:
             raise ValueError("keep requires a gradient, and has none here: pass keep.detach()")
-    return _residual(shortcut, y, gamma, keep)
+    out: Tensor = _Residual.apply(shortcut, y, gamma, keep)
+    return out
 
 
 def _check_map(name: str, x: Tensor) -> None:
@@ -98,46 +102,48 @@ def _check_vector(name: str, vector: Tensor, size: int, letter: str) -> None:
         )
 
 
-@torch.library.custom_op("sgconvnext::layer_norm_channels_last", mutates_args=())
+def _like_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    batch, channels, length = x.shape
+    return x.new_empty((batch, length, channels), dtype=dtype), x.new_empty((2, batch, length), dtype=torch.float32)
+
+
+@operator("layer_norm_channels_last", fake=_like_norm)
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     from . import block_programs
 
     return block_programs.norm(x, weight, bias, eps, dtype)
 
 
-@_norm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    batch, channels, length = x.shape
-    return x.new_empty((batch, length, channels), dtype=dtype), x.new_empty((2, batch, length), dtype=torch.float32)
+def _like_norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dweight, dbias = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), dweight, dbias
 
 
-@torch.library.custom_op("sgconvnext::layer_norm_channels_last_backward", mutates_args=())
+@operator("layer_norm_channels_last_backward", fake=_like_norm_gradients)
 def _norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from . import block_programs
 
     return block_programs.norm_gradients(dy, x, weight, stats)
 
 
-@_norm_gradients.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dweight, dbias = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), dweight, dbias
+class _Norm(Function):
+    """`_norm` with a derivative."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        y, stats = _norm(x, weight, bias, eps, dtype)
+        ctx.eps, ctx.bias_dtype = eps, bias.dtype
+        ctx.save_for_backward(x, weight, stats)
+        return y
 
-def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, ctx.eps, _ = inputs
-    ctx.bias_dtype = bias.dtype
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _norm_autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    x, weight, stats = ctx.saved_tensors
-    if torch.is_grad_enabled():  # somebody differentiates again
-        dx, dweight, dbias = _plain_norm_gradients(dy, x, weight, ctx.eps)
-    else:
-        dx, dweight, dbias = _norm_gradients(dy, x, weight, stats)
-    return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight, stats = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody differentiates again
+            dx, dweight, dbias = _plain_norm_gradients(dy, x, weight, ctx.eps)
+        else:
+            dx, dweight, dbias = _norm_gradients(dy, x, weight, stats)
+        return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None
 
 
 def _plain_norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,22 +156,26 @@ def _plain_norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> 
     return dx.to(x.dtype), (g * u).sum((0, 2)), g.sum((0, 2))
 
 
-_norm.register_autograd(_norm_autograd, setup_context=_save_norm)
+def _like_residual(shortcut: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
+    return shortcut.new_empty(shortcut.shape)
 
 
-@torch.library.custom_op("sgconvnext::scale_residual_channels_first", mutates_args=())
+@operator("scale_residual_channels_first", fake=_like_residual)
 def _residual(shortcut: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
     from . import block_programs
 
     return block_programs.residual(shortcut, y, gamma, keep)
 
 
-@_residual.register_fake
-def _(shortcut: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
-    return shortcut.new_empty(shortcut.shape)
+def _like_residual_gradients(
+    dout: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    batch, channels, length = dout.shape
+    dgamma = dout.new_empty(0 if y is None else channels, dtype=torch.float32)
+    return dout.new_empty((batch, length, channels), dtype=dtype), dgamma
 
 
-@torch.library.custom_op("sgconvnext::scale_residual_channels_first_backward", mutates_args=())
+@operator("scale_residual_channels_first_backward", fake=_like_residual_gradients)
 def _residual_gradients(
     dout: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -174,31 +184,27 @@ def _residual_gradients(
     return block_programs.residual_gradients(dout, y, gamma, keep, dtype)
 
 
-@_residual_gradients.register_fake
-def _(
-    dout: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    batch, channels, length = dout.shape
-    dgamma = dout.new_empty(0 if y is None else channels, dtype=torch.float32)
-    return dout.new_empty((batch, length, channels), dtype=dtype), dgamma
+class _Residual(Function):
+    """`_residual` with a derivative."""
 
+    @staticmethod
+    def forward(ctx: Any, shortcut: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
+        ctx.dtype = y.dtype
+        # y is the largest of them, and only the gradient of gamma needs it
+        ctx.save_for_backward(y if ctx.needs_input_grad[2] else None, gamma, keep)
+        out: Tensor = _residual(shortcut, y, gamma, keep)
+        return out
 
-def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, y, gamma, keep = inputs
-    ctx.dtype = y.dtype
-    # y is the largest of them, and only the gradient of gamma needs it
-    ctx.save_for_backward(y if ctx.needs_input_grad[2] else None, gamma, keep)
-
-
-def _residual_autograd(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-    y, gamma, keep = ctx.saved_tensors
-    if not any(ctx.needs_input_grad[1:3]):
-        return dout, None, None, None
-    if torch.is_grad_enabled():  # somebody differentiates again
-        dy, dgamma = _plain_residual_gradients(dout, y, gamma, keep, ctx.dtype)
-    else:
-        dy, dgamma = _residual_gradients(dout, y, gamma, keep, ctx.dtype)
-    return dout, dy, None if y is None else dgamma.to(gamma.dtype), None
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        y, gamma, keep = ctx.saved_tensors
+        if not any(ctx.needs_input_grad[1:3]):
+            return dout, None, None, None
+        if torch.is_grad_enabled():  # somebody differentiates again
+            dy, dgamma = _plain_residual_gradients(dout, y, gamma, keep, ctx.dtype)
+        else:
+            dy, dgamma = _residual_gradients(dout, y, gamma, keep, ctx.dtype)
+        return dout, dy, None if y is None else dgamma.to(gamma.dtype), None
 
 
 def _plain_residual_gradients(
@@ -209,6 +215,3 @@ def _plain_residual_gradients(
     g = g if keep is None else g * keep.float()[:, None, None]
     dgamma = g.new_empty(0) if y is None else (g * y.float()).sum((0, 1))
     return (g if gamma is None else g * gamma.float()).to(dtype), dgamma
-
-
-_residual.register_autograd(_residual_autograd, setup_context=_save_residual)

@@ -8,7 +8,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -69,6 +68,29 @@ def _convolve(
     tl.store(y + signal + t[None, :], total.to(y.dtype.element_ty), mask=there & (t < L)[None, :])
 
 
+@triton.jit
+def _lay_out(
+    taps,
+    copies,
+    NUM_TAPS: tl.constexpr,
+    FIRST: tl.constexpr,
+    REVERSED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """copies[c, r, p] = K[c, tap FIRST + p + r], zero where there is none, for one channel and BLOCK of its p."""
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    c = (tl.program_id(0) // blocks).to(tl.int64)
+    r = tl.arange(0, 8)[:, None]
+    p = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
+    tap = FIRST + p + r
+    there = (tap >= 0) & (tap < NUM_TAPS)
+    if REVERSED:
+        tap = NUM_TAPS - 1 - tap
+    value = tl.load(taps + c * NUM_TAPS + tap, mask=there, other=0.0)
+    tl.store(copies + c * (8 * WIDTH) + r * WIDTH + p, value.to(copies.dtype.element_ty), mask=p < WIDTH)
+
+
 @triton.jit(do_not_specialize=["B"])
 def _correlate(
     x,
@@ -123,7 +145,7 @@ def _correlate(
 _UPCAST = not isinstance(_convolve, triton.runtime.JITFunction)
 
 
-def convolve(x: Tensor, taps: Tensor, first_lag: int, tile: Tile) -> Tensor:
+def convolve(x: Tensor, taps: Tensor, first_lag: int, tile: Tile, reverse: bool = False) -> Tensor:
     """y[b, c, t] = sum_s K[c, t - s] x[b, c, s], summed in float32.
 
     Args:
@@ -131,6 +153,7 @@ def convolve(x: Tensor, taps: Tensor, first_lag: int, tile: Tile) -> Tensor:
         taps: K (C, n) for the lags first_lag .. first_lag + n - 1, which are rounded to the dtype of x.
         first_lag: from -(L-1) on.
         tile: images x outputs, in steps of inputs.
+        reverse: whether taps are in the opposite order, from lag first_lag + n - 1 to first_lag.
 
     Returns:
         y (B, C, L) in the dtype of x.
@@ -139,7 +162,7 @@ def convolve(x: Tensor, taps: Tensor, first_lag: int, tile: Tile) -> Tensor:
     y = x.new_empty(x.shape)
     batch, channels, length = x.shape
     last_lag = first_lag + taps.shape[1] - 1
-    copies, origin = _shifted_copies(taps.to(x.dtype), first_lag, length, tile)
+    copies, origin = _shifted_copies(taps, first_lag, length, tile, x.dtype, reverse)
     programs = ceil_div(batch, tile.rows) * ceil_div(length, tile.columns) * channels
     sizes = {"FIRST_LAG": first_lag, "LAST_LAG": last_lag, "WIDTH": copies.shape[2], "ORIGIN": origin}
     _launch(_convolve, programs, (x, copies, y), sizes, tile)
@@ -168,7 +191,9 @@ def correlate(x: Tensor, dy: Tensor, first_lag: int, tile: Tile) -> Tensor:
     return sums[:, :, start : start + length - first_lag].sum(0)
 
 
-def _shifted_copies(taps: Tensor, first_lag: int, length: int, tile: Tile) -> tuple[Tensor, int]:
+def _shifted_copies(
+    taps: Tensor, first_lag: int, length: int, tile: Tile, dtype: torch.dtype, reverse: bool
+) -> tuple[Tensor, int]:
     """8 shifted copies of the taps, in which every row of every Toeplitz tile starts at a multiple of 8.
 
     Eight half-precision numbers are 16 bytes, the widest load there is, which has to start at a multiple of itself.
@@ -182,35 +207,35 @@ def _shifted_copies(taps: Tensor, first_lag: int, length: int, tile: Tile) -> tu
         copies (C, 8, WIDTH), and origin.
     """
     origin = ceil_div(length, tile.depth) * tile.depth
-    outputs = ceil_div(length, tile.columns) * tile.columns
-    last_lag = first_lag + taps.shape[1] - 1
-    padded = F.pad(taps, (origin + 7 + first_lag, outputs - 1 - last_lag))
-    return padded.unfold(1, origin + outputs, 1).contiguous(), origin
+    width = origin + ceil_div(length, tile.columns) * tile.columns
+    channels, num_taps = taps.shape
+    if _UPCAST:  # the interpreter cuts off what a GPU rounds
+        taps = taps.to(dtype)
+    copies = taps.new_empty((channels, 8, width), dtype=dtype)
+    block = min(512, triton.next_power_of_2(width))
+    sizes = {"NUM_TAPS": num_taps, "FIRST": -7 - origin - first_lag, "REVERSED": reverse, "WIDTH": width}
+    _run(_lay_out, channels * ceil_div(width, block), (taps.contiguous(), copies), **sizes, BLOCK=block)
+    return copies, origin
 
 
 def _launch(program: Any, count: int, tensors: tuple[Tensor, ...], sizes: dict[str, int], tile: Tile) -> None:
     batch, channels, length = tensors[0].shape
-    if count == 0:
-        return
-    grid = (count,)
-    launch = functools.partial(program.warmup, grid=grid) if tensors[0].is_meta else program[grid]
+    sizes = sizes | {"C": channels, "L": length, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     try:
-        with torch.cuda.device_of(tensors[0]):
-            launch(
-                *tensors,
-                batch,
-                C=channels,
-                L=length,
-                **sizes,
-                ROWS=tile.rows,
-                COLUMNS=tile.columns,
-                DEPTH=tile.depth,
-                UPCAST=_UPCAST,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
+        _run(program, count, (*tensors, batch), **sizes, UPCAST=_UPCAST, **options)
     except OutOfResources as error:
         raise ValueError(
             f"backend 'triton' is tuned for GPUs with more shared memory than this one has ({error}); use "
             "backend='fft' here"
         ) from error
+
+
+def _run(program: Any, count: int, operands: tuple[Any, ...], **constants: Any) -> None:
+    """Run so many programs; on the meta device only compile them."""
+    if count == 0:
+        return
+    grid = (count,)
+    launch = functools.partial(program.warmup, grid=grid) if operands[0].is_meta else program[grid]
+    with torch.cuda.device_of(operands[0]):
+        launch(*operands, **constants)

@@ -15,10 +15,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import Backend, Operations
 from ..precision import product_dtype
+from .operator import operator
 from .tiles import conv_macs, conv_tile, dtaps_macs, dtaps_tile
 
 _INSTALLED = importlib.util.find_spec("triton") is not None  # finding it does not import it
 _RUNS_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_installed() -> bool:
+    """Whether there is triton."""
+    return _INSTALLED
 
 
 def refusal(x: Tensor) -> str | None:
@@ -40,7 +46,11 @@ def _prepare(x: Tensor) -> Tensor:
     return x.to(product_dtype(x), memory_format=torch.contiguous_format).contiguous()
 
 
-@torch.library.custom_op("sgconvnext::toeplitz_conv", mutates_args=())
+def _like_x(x: Tensor, taps: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@operator("toeplitz_conv", fake=_like_x)
 def _conv(x: Tensor, taps: Tensor) -> Tensor:
     from . import programs
 
@@ -48,37 +58,26 @@ def _conv(x: Tensor, taps: Tensor) -> Tensor:
     return programs.convolve(x, taps, length - taps.shape[1], conv_tile(batch, length))
 
 
-@torch.library.custom_op("sgconvnext::toeplitz_conv_dx", mutates_args=())
+@operator("toeplitz_conv_dx", fake=_like_x)
 def _conv_dx(dy: Tensor, taps: Tensor) -> Tensor:
     """The adjoint in x: the convolution by the taps reversed in time."""
     from . import programs
 
     batch, _, length = dy.shape
-    return programs.convolve(dy, taps.flip(-1), 1 - length, conv_tile(batch, length))
+    return programs.convolve(dy, taps, 1 - length, conv_tile(batch, length), True)
 
 
-@torch.library.custom_op("sgconvnext::toeplitz_conv_dtaps", mutates_args=())
+def _like_taps(dy: Tensor, x: Tensor, num_taps: int) -> Tensor:
+    return x.new_empty((x.shape[1], num_taps), dtype=torch.float32)
+
+
+@operator("toeplitz_conv_dtaps", fake=_like_taps)
 def _conv_dtaps(dy: Tensor, x: Tensor, num_taps: int) -> Tensor:
     """The adjoint in the taps, in float32."""
     from . import programs
 
     batch, _, length = x.shape
     return programs.correlate(x, dy, length - num_taps, dtaps_tile(batch, length))
-
-
-@_conv.register_fake
-def _(x: Tensor, taps: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@_conv_dx.register_fake
-def _(dy: Tensor, taps: Tensor) -> Tensor:
-    return dy.new_empty(dy.shape)
-
-
-@_conv_dtaps.register_fake
-def _(dy: Tensor, x: Tensor, num_taps: int) -> Tensor:
-    return x.new_empty((x.shape[1], num_taps), dtype=torch.float32)
 
 
 def _convolve(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:

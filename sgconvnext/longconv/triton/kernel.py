@@ -1,0 +1,137 @@
+"""The taps of a multi-scale kernel, made of its parameters by one Triton program, and their gradients by another.
+
+What `sgconvnext.models.kernel` defines in torch's operators takes a GPU some thirty programs a layer forward and sixty
+backward, each of which is shorter than its launch. Sums have the same bits in every run, unlike those of torch's
+interpolation on CUDA.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..context import is_in_forward_mode, is_recorded, is_transformed
+from .operator import operator
+from .toeplitz import is_installed
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def takes(*parameters: Tensor) -> bool:
+    """Whether `multiscale_taps` can be used here and now: on CUDA, and no transform or tracer is at work."""
+    if not all(p.is_cuda and p.dtype in DTYPES for p in parameters) or not is_installed():
+        return False
+    if torch.compiler.is_compiling():
+        return not is_recorded()
+    plain = all(type(p) in (Tensor, torch.nn.Parameter) for p in parameters)
+    return plain and not (is_recorded() or is_transformed() or is_in_forward_mode())
+
+
+def multiscale_taps(
+    weight: Tensor,
+    skip: Tensor,
+    norm: Tensor,
+    length: int,
+    alpha: tuple[float, float],
+    exponent: float | None,
+) -> Tensor:
+    """K by lag of Eq. 1: `lag_taps(multiscale_kernel(weight, ...) / norm, skip)` of `sgconvnext.models.kernel`.
+
+    Differentiable in weight and skip, to any order.
+
+    Args:
+        weight: (directions, N, C, d), in one of DTYPES.
+        skip: D of the paper (C).
+        norm: Z of Eq. 1 (directions, C, 1), a constant.
+        length: L.
+        alpha: decay per scale of the first and the last channel.
+        exponent: of decay by position, in whose place alpha has no effect; None for decay by scale.
+
+    Returns:
+        (C, 2L-1) for two directions, (C, L) for one, in float32.
+    """
+    made: Tensor = _Taps.apply(weight, skip, norm, length, alpha, exponent)
+    return made
+
+
+def _constants(alpha: Sequence[float], exponent: float | None) -> dict[str, Any]:
+    return {"INVERSE_FIRST": 1 / alpha[0], "INVERSE_LAST": 1 / alpha[1], "EXPONENT": exponent}
+
+
+def _like_taps(
+    weight: Tensor, skip: Tensor, norm: Tensor, length: int, alpha: Sequence[float], exponent: float | None
+) -> Tensor:
+    directions, _, channels, _ = weight.shape
+    return weight.new_empty((channels, directions * (length - 1) + 1), dtype=torch.float32)
+
+
+@operator("multiscale_taps", fake=_like_taps)
+def _taps(
+    weight: Tensor, skip: Tensor, norm: Tensor, length: int, alpha: Sequence[float], exponent: float | None
+) -> Tensor:
+    from . import kernel_programs
+
+    return kernel_programs.taps(weight, skip, norm, length, _constants(alpha, exponent))
+
+
+def _like_parameters(
+    dtaps: Tensor, norm: Tensor, shape: Sequence[int], length: int, alpha: Sequence[float], exponent: float | None
+) -> Tensor:
+    return dtaps.new_empty(shape)
+
+
+@operator("multiscale_taps_backward", fake=_like_parameters)
+def _parameters(
+    dtaps: Tensor, norm: Tensor, shape: Sequence[int], length: int, alpha: Sequence[float], exponent: float | None
+) -> Tensor:
+    """The adjoint in the weight, in float32."""
+    from . import kernel_programs
+
+    return kernel_programs.parameters(dtaps, norm, tuple(shape), length, _constants(alpha, exponent))
+
+
+class _Taps(Function):
+    """`_taps` with a derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, skip: Tensor, norm: Tensor, length: int, *options: Any) -> Tensor:
+        ctx.save_for_backward(norm)
+        ctx.shape, ctx.dtypes, ctx.length, ctx.options = weight.shape, (weight.dtype, skip.dtype), length, options
+        made: Tensor = _taps(weight, skip, norm, length, *options)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, dtaps: Tensor) -> tuple[Tensor | None, ...]:
+        (norm,) = ctx.saved_tensors
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        adjoint = _Parameters.apply if again else _parameters
+        dweight = adjoint(dtaps, norm, ctx.shape, ctx.length, *ctx.options) if ctx.needs_input_grad[0] else None
+        lag_0 = 0 if ctx.shape[0] == 1 else ctx.length - 1
+        dskip = dtaps[:, lag_0] if ctx.needs_input_grad[1] else None
+        dtypes = zip((dweight, dskip), ctx.dtypes, strict=True)
+        return (
+            *(None if gradient is None else gradient.to(dtype) for gradient, dtype in dtypes),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+class _Parameters(Function):
+    """`_parameters` with a derivative: both are linear, so it is `_taps`."""
+
+    @staticmethod
+    def forward(ctx: Any, dtaps: Tensor, norm: Tensor, shape: torch.Size, length: int, *options: Any) -> Tensor:
+        ctx.save_for_backward(norm)
+        ctx.length, ctx.options = length, options
+        dweight: Tensor = _parameters(dtaps, norm, shape, length, *options)
+        return dweight
+
+    @staticmethod
+    def backward(ctx: Any, ddweight: Tensor) -> tuple[Tensor | None, ...]:
+        (norm,) = ctx.saved_tensors
+        nothing = ddweight.new_zeros(ddweight.shape[2])
+        return _Taps.apply(ddweight, nothing, norm, ctx.length, *ctx.options), *[None] * 5

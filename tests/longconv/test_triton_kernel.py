@@ -1,0 +1,184 @@
+"""Taps made by a Triton program, against their definition in float64: on a GPU if there is one, else interpreted.
+
+Memory that nothing is written to is NaN here.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error, small_model
+from torch import Tensor
+
+from sgconvnext import SGConv2d
+from sgconvnext.models.kernel import KernelOptions, kernel_options, lag_taps, multiscale_kernel
+
+pytest.importorskip("triton")
+from sgconvnext.longconv.triton import kernel as triton_kernel
+from sgconvnext.longconv.triton import kernel_programs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "one alpha": {},
+    "alphas over the channels": {"alpha": (1, 1 / 3)},
+    "by position": {"decay": "position", "exponent": 0.7},
+}
+SHAPES = {  # (directions, N, C, d), L
+    "all taps of every scale": ((2, 3, 3, 7), 28),
+    "a last scale that is cut": ((2, 5, 3, 4), 49),
+    "a scale without a tap": ((2, 4, 2, 16), 30),
+    "causal": ((1, 4, 2, 5), 37),
+    "one scale": ((2, 1, 2, 9), 9),
+    "one tap a scale": ((2, 3, 1, 1), 3),
+    "one token": ((2, 2, 3, 1), 1),
+    "more blocks than one": ((1, 6, 2, 70), 2200),
+}
+
+each_shape = pytest.mark.parametrize(("shape", "length"), SHAPES.values(), ids=SHAPES)
+each_option = pytest.mark.parametrize("options", [kernel_options(**each) for each in OPTIONS.values()], ids=OPTIONS)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    assert torch.ones(2).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def parameters(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, skip and norm, random."""
+    directions, _, channels, _ = shape
+    weight, skip = torch.randn(shape, device=DEVICE), torch.randn(channels, device=DEVICE)
+    norm = torch.rand(directions, channels, 1, device=DEVICE) + 0.5
+    return weight.to(dtype).requires_grad_(), skip.to(dtype).requires_grad_(), norm.to(dtype)
+
+
+def by_triton(weight: Tensor, skip: Tensor, norm: Tensor, length: int, options: KernelOptions) -> Tensor:
+    exponent = options.exponent if options.decay == "position" else None
+    return triton_kernel.multiscale_taps(weight, skip, norm, length, options.alpha, exponent)
+
+
+def by_definition(weight: Tensor, skip: Tensor, norm: Tensor, length: int, options: KernelOptions) -> Tensor:
+    weight, skip, norm = (tensor.cpu().double() for tensor in (weight, skip, norm))
+    return lag_taps(multiscale_kernel(weight, length, options) / norm, skip)
+
+
+def check(shape: tuple[int, ...], length: int, options: KernelOptions, dtype: torch.dtype = torch.float32) -> None:
+    """Taps, gradients, and the gradients of a function of the gradients."""
+    inputs = parameters(shape, dtype)
+    dtaps = torch.randn_like(by_definition(*inputs, length, options))
+    found = []
+    for function in (by_triton, by_definition):
+        weight, skip, norm = (tensor.detach().clone() for tensor in inputs)
+        weight.requires_grad_()
+        skip.requires_grad_()
+        taps = function(weight, skip, norm, length, options)
+        upstream = dtaps.to(taps.device, taps.dtype).requires_grad_()
+        dweight, dskip = torch.autograd.grad(taps, [weight, skip], upstream, create_graph=True)
+        (again,) = torch.autograd.grad((dweight.double() ** 2).sum() + (dskip.double() ** 3).sum(), upstream)
+        found.append({"taps": taps, "dweight": dweight, "dskip": dskip, "again": again})
+    bound = 2e-6 if dtype == torch.float32 else 1e-2  # the gradients have the dtype of the parameters
+    for name, want in found[1].items():
+        error = relative_error(found[0][name].cpu(), want)
+        assert error <= (2e-6 if name == "taps" else bound), f"{name}: relative error {error:.1e}"
+
+
+@each_shape
+@each_option
+def test_taps_and_derivatives_match_the_definition(
+    shape: tuple[int, ...], length: int, options: KernelOptions
+) -> None:
+    check(shape, length, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_parameters_in_half_precision_make_taps_in_float32(dtype: torch.dtype) -> None:
+    check((2, 5, 3, 4), 49, kernel_options(), dtype)
+
+
+BROKEN: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "nothing runs": ("_launch", lambda launch: lambda *_, **__: None),
+    "a program is missing": (
+        "_launch",
+        lambda launch: lambda program, count, *a, **k: launch(program, count - 1, *a, **k),
+    ),
+    "taps one lag late": ("taps", lambda taps: lambda *a: taps(*a).roll(1, -1)),
+    "zero taps": ("taps", lambda taps: lambda *a: taps(*a) * 0),
+    "gradients of another direction": ("parameters", lambda parameters: lambda *a: parameters(*a).flip(0)),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_check_fails_on_broken_programs(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, broken = BROKEN[fault]
+    check((2, 5, 3, 4), 49, kernel_options())
+    monkeypatch.setattr(kernel_programs, name, broken(getattr(kernel_programs, name)))
+    with pytest.raises(AssertionError, match="relative error"):
+        check((2, 5, 3, 4), 49, kernel_options())
+
+
+def test_two_runs_are_bit_identical() -> None:
+    inputs = parameters((2, 5, 3, 13))
+    first, second = (
+        torch.autograd.grad(by_triton(*inputs, 196, kernel_options()).sin().sum(), inputs[:2]) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("only", [0, 1], ids=["weight", "skip"])
+def test_gradient_of_one_parameter_alone(only: int) -> None:
+    inputs = parameters((2, 3, 3, 7))
+    want = torch.autograd.grad(by_triton(*inputs, 28, kernel_options()).sin().sum(), inputs[:2])[only]
+    alone = [tensor.detach().requires_grad_(i == only) for i, tensor in enumerate(inputs)]
+    (got,) = torch.autograd.grad(by_triton(*alone, 28, kernel_options()).sin().sum(), alone[only])
+    assert torch.equal(got, want)
+
+
+def test_operators_pass_torchs_own_checks() -> None:
+    weight, skip, norm = (tensor.detach() for tensor in parameters((2, 3, 3, 7)))
+    options = (28, [0.5, 0.5], None)
+    torch.library.opcheck(triton_kernel._taps, (weight, skip, norm, *options))
+    torch.library.opcheck(triton_kernel._parameters, (torch.randn(3, 55, device=DEVICE), norm, weight.shape, *options))
+
+
+def test_torchs_operators_make_the_taps_where_triton_cannot() -> None:
+    plain = [tensor.detach() for tensor in parameters((2, 3, 3, 7))]
+    on_cuda = DEVICE == "cuda"
+    assert triton_kernel.takes(*plain) is on_cuda
+    assert not triton_kernel.takes(*(tensor.cpu() for tensor in plain))
+    assert not triton_kernel.takes(*(tensor.double() for tensor in plain))
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(triton_kernel.takes(x)), x)[1])(plain[0])
+    assert seen == [False]
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers take the program here too, where there is no GPU."""
+    monkeypatch.setattr(triton_kernel, "takes", lambda *_: True)
+
+
+@pytest.mark.usefixtures("everywhere")
+@each_option
+def test_layer_has_the_same_taps_by_both(options: KernelOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = SGConv2d(4, (7, 7), decay=options.decay, alpha=options.alpha, exponent=options.exponent, device=DEVICE)
+    got = layer.built_taps()
+    monkeypatch.setattr(triton_kernel, "takes", lambda *_: False)
+    assert relative_error(got, layer.built_taps()) <= 1e-6
+    assert not torch.equal(got, torch.zeros_like(got))
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_network_compiles_with_the_program_in_one_graph() -> None:
+    torch.use_deterministic_algorithms(False)  # the compiler would fill memory that the CPU's interpreter then reads
+    model, x = small_model().to(DEVICE).eval(), torch.randn(2, 3, 64, 64, device=DEVICE)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(x), model(x)) <= 1e-5
+    compiled(x).square().sum().backward()
+    got = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert relative_error(got[name], parameter.grad) <= 1e-4, name
