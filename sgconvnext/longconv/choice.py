@@ -2,30 +2,48 @@
 
 from torch import Tensor
 
-from .context import is_traced_to_onnx
+from .context import is_recorded, is_traced_to_onnx
+from .triton import toeplitz as triton_toeplitz
 
 # Where Toeplitz products beat the FFT, or lose little: device; images at most; longest signal in float32, and in half
 # precision. None is any number of images (a number there would be a bound for torch.export). Measured forward and
-# backward on two cores with AVX-512, 384 and 768 channels, channels last: 32 images of 36 samples take 5.4 ms by FFT
-# and 3.1 ms as products, 8 images of 100 samples 1.8 ms and 10 ms.
+# backward. On two cores with AVX-512, 384 and 768 channels, channels last: 32 images of 36 samples take 5.4 ms by FFT
+# and 3.1 ms as products, 8 images of 100 samples 1.8 ms and 10 ms. On an H200 in float32: 256 images of 196 samples
+# take 2.5 ms by FFT and 1.0 ms as products, of 784 samples 4.0 and 5.8 ms.
 TOEPLITZ = (
     ("cpu", 1, 25, 36),
     ("cpu", None, 36, 49),
-    ("cuda", None, 32, 32),  # not measured yet
+    ("cuda", None, 256, 256),
 )
+# The longest signal for which Triton's programs beat the FFT in half precision. Measured on an H200, forward and
+# backward: 256 images of 3,136 samples take 8.4 ms by FFT and 3.6 ms by Triton, 8 of 9,216 samples 1.7 and 8.3 ms.
+TRITON = 4096
 
 
-def choose_backend(x: Tensor, backend: str = "auto") -> str:
-    """The backend that runs for a signal (B, C, L). "auto" is "toeplitz" or "fft", by B, L, dtype and device of x.
+def choose_backend(x: Tensor, backend: str = "auto", length: int | None = None, one_length: bool = True) -> str:
+    """The backend that runs for a signal (B, C, L). "auto" is the fastest, by B, L, dtype and device of x.
 
-    In an export to ONNX by tracing, which has no FFT, it is "toeplitz" or "dft", whichever has fewer products.
-    Elsewhere it is never "dft" or "triton": both are for GPUs and have not been timed there yet.
+    Args:
+        x: the signal; with ``length``, anything of its dtype, device and number of images.
+        backend: "auto", or what is to run.
+        length: L; None for that of x.
+        one_length: whether this length comes again and again, so that it is worth compiling Triton's programs for it.
+
+    Returns:
+        The name. In an export to ONNX by tracing, which has no FFT, "auto" is "toeplitz" or "dft", whichever has fewer
+        products. On CUDA in half precision, by autocast too, it is "triton" up to `TRITON` samples, except in exports.
+        Elsewhere it is "toeplitz" or "fft".
     """
     if backend != "auto":
         return backend
+    length = x.shape[2] if length is None else length
     if is_traced_to_onnx():
-        return "toeplitz" if x.shape[2] <= 64 else "dft"
+        return "toeplitz" if length <= 64 else "dft"
+    # in this order: a comparison of a symbolic length is a bound for torch.export
+    compiled = x.device.type == "cuda" and one_length and not is_recorded()
+    if compiled and triton_toeplitz.refusal(x) is None and length <= TRITON:
+        return "triton"
     for device, images, float_length, half_length in TOEPLITZ:
         if x.device.type == device and (images is None or x.shape[0] <= images):
-            return "toeplitz" if x.shape[2] <= (half_length if x.itemsize < 4 else float_length) else "fft"
+            return "toeplitz" if length <= (half_length if x.itemsize < 4 else float_length) else "fft"
     return "fft"

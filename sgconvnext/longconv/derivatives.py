@@ -40,7 +40,8 @@ def long_conv(x: Tensor, taps: Tensor, backend: Backend) -> Tensor:
     """
     if is_in_forward_mode() or is_compiled_transform():
         return (backend.plain or fft.plain_long_conv)(x, taps)
-    y: Tensor = _Convolve.apply(x, taps, False, backend.operations)
+    convolve = _Convolve if torch.compiler.is_compiling() or is_transformed() else _EagerConvolve
+    y: Tensor = convolve.apply(x, taps, False, backend.operations)
     return y
 
 
@@ -107,6 +108,18 @@ class _Convolve(Function):
             return y.unflatten(0, (size, -1)), 0
         x, taps = _signal_by_channel(x, in_dims[0], size), _taps_by_channel(taps, in_dims[1], size)
         return _Convolve.apply(x, taps, adjoint, operations).unflatten(1, (size, -1)), 1
+
+
+class _EagerConvolve(Function):
+    """`_Convolve` outside of torch.func, whose Functions take torch longer to call: it inspects their signature."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor, adjoint: bool, operations: Operations) -> Tensor:
+        ctx.adjoint, ctx.operations = adjoint, operations
+        ctx.save_for_backward(x, taps)
+        return _Convolve.forward(x, taps, adjoint, operations)
+
+    backward = _Convolve.backward
 
 
 class _Correlate(Function):

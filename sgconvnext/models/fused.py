@@ -13,10 +13,12 @@ from timm.layers import DropPath, LayerNorm, Mlp
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from ..longconv import available_backends
+from ..longconv import BACKENDS
 from ..longconv.context import is_transformed, runs_eagerly_on_cpu
+from ..longconv.precision import product_dtype
 from .gate import Gate
 from .kept import forget
+from .layer import SGConv2d
 from .packed_mlp import PackedMlp, packed
 
 CHUNK_TOKENS = 1024  # tokens whose hidden layer stays in a CPU's cache; measured with widths 96 to 768
@@ -34,10 +36,10 @@ def fused_forward(block: Any, x: Any) -> Form | None:
     """
     if type(block.norm) is not LayerNorm or type(block.mlp) is not Mlp or type(block.gate) not in (Gate, NoneType):
         return None
-    if getattr(block.sgconv, "backend", None) == "triton" and isinstance(x, Tensor):
+    if isinstance(x, Tensor) and type(block.sgconv) is SGConv2d and block.sgconv.backend_for(x) == "triton":
         transformed = not torch.compiler.is_compiling() and is_transformed()
         known = type(block.drop_path) in (DropPath, nn.Identity)
-        if known and not transformed and not _is_hooked(block) and "triton" in available_backends(x):
+        if known and not transformed and not _is_hooked(block) and BACKENDS["triton"].refusal(x) is None:
             return triton_form
     if not runs_eagerly_on_cpu(x) or x.numel() == 0:
         return None
@@ -53,12 +55,25 @@ def fused_forward(block: Any, x: Any) -> Form | None:
     return chunked_form if x.shape[0] * x.shape[2] * x.shape[3] > CHUNK_TOKENS else None
 
 
+def fused_chain(blocks: nn.Sequential, x: Any) -> Callable[[Any, Tensor], Tensor] | None:
+    """The form that may stand in for ``blocks(x)`` now, or None: where `triton_form` may for each, under autocast."""
+    if not isinstance(x, Tensor) or product_dtype(x) == x.dtype or _is_hooked(blocks):
+        return None
+    return triton_chain if all(fused_forward(block, x) is triton_form for block in blocks) else None
+
+
 def _is_hooked(block: nn.Module) -> bool:
     """Whether somebody watches or replaces what a module inside does: by a hook, or a forward of its own."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module_hooks, f"_global{kind}") for kind in kinds) or any(
-        "forward" in vars(module) or any(getattr(module, kind) for kind in kinds) for module in block.modules()
-    )
+    hooks = module_hooks
+    everywhere = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
+    if everywhere or hooks._global_backward_hooks or hooks._global_backward_pre_hooks:
+        return True
+    for module in block.modules():  # spelled out: this runs for every block of every step
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return True
+        if module._backward_hooks or module._backward_pre_hooks:
+            return True
+    return False
 
 
 def _drops(block: Any) -> bool:
@@ -69,9 +84,23 @@ def _drops(block: Any) -> bool:
 
 def triton_form(block: Any, x: Tensor) -> Tensor:
     """LN reads (B, C, L) and writes (B, L, C), and the sum goes back: the transposes cost no pass of their own."""
+    return _triton_sum(block, x, x, None)[0]
+
+
+def triton_chain(blocks: nn.Sequential, x: Tensor) -> Tensor:
+    """`triton_form` of a stage's blocks. The sum of each also comes in the dtype in which the next one convolves."""
+    *first, last = blocks
+    dtype, signal = product_dtype(x), x
+    for block in first:
+        x, signal = _triton_sum(block, x, signal, dtype)
+    return _triton_sum(last, x, signal, None)[0]
+
+
+def _triton_sum(block: Any, x: Tensor, signal: Tensor, copy: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """The block's output, and a copy of it in a dtype, from its input and from what its convolution reads of that."""
     from ..longconv.triton import block as triton_block
 
-    mixed, norm, drop_path = block.sgconv(x).flatten(2), block.norm, block.drop_path
+    mixed, norm, drop_path = block.sgconv(signal).flatten(2), block.norm, block.drop_path
     if block.gate is None:
         tokens = triton_block.layer_norm_channels_last(mixed, norm.weight, norm.bias, norm.eps)
     else:  # its product is the pass that changes the layout
@@ -82,8 +111,8 @@ def triton_form(block: Any, x: Tensor) -> Tensor:
         keep = torch.empty(x.shape[0], device=x.device).bernoulli_(probability)
         if probability > 0 and drop_path.scale_by_keep:
             keep = keep.div_(probability)
-    y = triton_block.scale_residual_channels_first(x.flatten(2), block.mlp(tokens), block.gamma, keep)
-    return y.view(x.shape)
+    y, copied = triton_block.residual_and_copy(x.flatten(2), block.mlp(tokens), block.gamma, keep, copy)
+    return y.view(x.shape), copied if copy is None else copied.view(x.shape)
 
 
 def chunked_form(block: Any, x: Tensor) -> Tensor:

@@ -141,8 +141,9 @@ class KernelGenerator(nn.Module):
         if self.taps is not None:
             return self.taps
         else:  # noqa: RET505  TorchScript compiles what follows an if, but not the other branch of one that is settled
-            if not torch.jit.is_scripting() and triton_kernel.takes(self.weight, self.skip, self.kernel_norm):
-                return self._taps_by_triton()
+            if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out an if, but no half of a condition
+                if triton_kernel.takes(self.weight, self.skip, self.kernel_norm):
+                    return self._taps_by_triton()
             return lag_taps(self.kernel(), self.skip)
 
     @torch.jit.unused

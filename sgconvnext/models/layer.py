@@ -54,9 +54,10 @@ def _convolve(layer: Any, x: Tensor, size: tuple[int, ...]) -> Tensor:
 
     Inference with fixed taps on a CPU keeps what the backend makes of them (spectra, a matrix) for the last size.
     """
+    backend = choose_backend(x, layer.backend, one_length=layer.is_built_for(size))
     if layer.taps is None or torch.is_grad_enabled() or not runs_eagerly_on_cpu(x):
-        return long_conv(x, layer._taps_for(size), layer.backend)
-    length, dtype, backend = x.shape[-1], x.dtype, choose_backend(x, layer.backend)
+        return long_conv(x, layer._taps_for(size), backend)
+    length, dtype = x.shape[-1], x.dtype
     key = size, dtype, backend
     return kept(layer, key, [layer.taps], lambda: freeze(layer._taps_for(size), length, dtype, backend))(x)
 
@@ -163,6 +164,10 @@ class SGConv(KernelGenerator):
         taps = self._taps_for((self._reach(past.shape[-1]),))
         dtype = torch.promote_types(past.dtype, taps.dtype)
         return (past.to(dtype) * taps.flip(-1).to(dtype)).sum(-1).to(x.dtype), past
+
+    def is_built_for(self, size: tuple[int, ...]) -> bool:
+        """Whether signals of that length are the longest."""
+        return size == (self.length,)
 
     def _taps_for(self, size: tuple[int]) -> Tensor:
         """The taps that a signal of that length reaches."""
@@ -303,6 +308,20 @@ class SGConv2d(KernelGenerator):
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)[:, None, None]
         return _join_phases(y, self.dilation, size) if self.dilation > 1 else y
+
+    @torch.jit.ignore
+    def backend_for(self, x: Tensor) -> str:
+        """The backend that convolves a map (B, C, H, W)."""
+        if self.backend != "auto":
+            return self.backend
+        height, width = (-(-size // self.dilation) for size in x.shape[2:])
+        length = height * (width + self.row_gap)
+        return choose_backend(x, length=length, one_length=self.is_built_for((height, width)))
+
+    @torch.jit.ignore
+    def is_built_for(self, size: tuple[int, int]) -> bool:
+        """Whether the kernel is built for maps of that size."""
+        return size == self.input_size
 
     def _taps_for(self, size: tuple[int, int]) -> Tensor:
         """The built taps, or those for a map of another size."""

@@ -8,6 +8,7 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from .block import SGConvNeXtBlock
+from .fused import fused_chain
 
 
 class SGConvNeXtStage(nn.Module):
@@ -63,6 +64,11 @@ class SGConvNeXtStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
+        if not torch.jit.is_scripting():
+            if self.grad_checkpointing:
+                return checkpoint_seq(self.blocks, x)
+            if all(type(block) is SGConvNeXtBlock for block in self.blocks):
+                fused = fused_chain(self.blocks, x)
+                if fused is not None:
+                    return fused(self.blocks, x)
         return self.blocks(x)

@@ -15,12 +15,13 @@ pytest.importorskip("triton", reason="the block's Triton operators need triton")
 from sgconvnext.longconv.triton.block_programs import BACKWARD_LIMIT, FORWARD_LIMIT, norm_tile, residual_tile
 
 TESTS = Path(__file__).parent
-# by program, what it reads and writes of every tile: x and dx have tokens inner, y and dy channels; s is the shortcut
+# by program, what it reads and writes of every tile: x and dx have tokens inner, y and dy channels; s is the shortcut,
+# and the copy of the sum is like x
 TRAFFIC = {
     "_norm_forward": ("x", "y"),
     "_norm_backward": ("xy", "x"),
-    "_residual_forward": ("sy", "s"),
-    "_residual_backward": ("sy", "y"),
+    "_residual_forward": ("sy", "sx"),
+    "_residual_backward": ("sxy", "sy"),
 }
 
 

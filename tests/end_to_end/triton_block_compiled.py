@@ -86,8 +86,8 @@ def launch(channels: int, length: int, dtype: torch.dtype) -> None:
     shortcut, parameter, keep = torch.empty(2, channels, length), torch.empty(channels), torch.empty(2)
     _, stats = block._norm(x, parameter, parameter, 1e-6, dtype)
     block._norm_gradients(y, x, parameter, stats)
-    block._residual(shortcut, y, parameter, keep)
-    block._residual_gradients(shortcut, y, parameter, keep, dtype)
+    block._residual(shortcut, y, parameter, keep, dtype)
+    block._residual_gradients(shortcut, x, y, parameter, keep, dtype)
 
 
 def main(size: str, dtype: torch.dtype) -> None:

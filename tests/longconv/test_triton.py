@@ -20,6 +20,7 @@ from helpers import (
     small_model,
 )
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sgconvnext import SGConv2d
@@ -294,14 +295,38 @@ def test_gpu_with_too_little_shared_memory_is_told_in_one_line(monkeypatch: pyte
 
 
 @each_half
-def test_backend_is_available_in_half_precision_and_never_chosen(dtype: torch.dtype) -> None:
+def test_backend_is_available_in_half_precision(dtype: torch.dtype) -> None:
     x = torch.zeros(1, 2, 7, device=DEVICE)
     assert "triton" in available_backends(x.to(dtype))
     assert "triton" not in available_backends(x)
     with torch.autocast(DEVICE, dtype=dtype):
         assert "triton" in available_backends(x)
-    signals = [torch.empty(2, 1, length, dtype=half) for length in range(1, 5000) for half in (dtype, torch.float32)]
-    assert "triton" not in {choose_backend(signal) for signal in signals}
+
+
+@each_half
+def test_backend_is_chosen_on_a_gpu_in_half_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        x = torch.empty(8, 2, 3136, device="cuda", dtype=dtype)
+        assert choose_backend(x) == "triton"
+        assert choose_backend(x, one_length=False) == "fft"  # it would be compiled again for every length
+        assert choose_backend(x.float()) == "fft"
+        assert choose_backend(x.double()) == "fft"
+        assert choose_backend(x, length=4097) == "fft"
+        assert choose_backend(x.float(), length=196) == "toeplitz"
+        assert choose_backend(x.cpu()) == "fft"
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)  # torch.autocast needs a GPU
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: dtype)
+        assert choose_backend(x.float()) == "triton"
+        assert choose_backend(x.double()) == "fft"
+
+
+def test_layer_on_a_gpu_chooses_triton_for_the_size_that_it_is_built_for() -> None:
+    with FakeTensorMode():
+        layer = SGConv2d(2, (8, 6), row_gap=3, bias=True, dilation=2, device="cuda")
+        x = torch.empty(4, 2, 15, 12, device="cuda", dtype=torch.float16)
+        assert layer.backend_for(x) == "triton"
+        assert layer.backend_for(x[..., :8]) == "toeplitz"
+        assert SGConv2d(2, (8, 6), backend="fft", device="cuda").backend_for(x) == "fft"
 
 
 # What it costs
@@ -342,15 +367,15 @@ def test_flops_are_what_the_programs_multiply(length: int, batch: int, causal: b
 
 
 def test_tiles_cost_what_they_cost_by_hand() -> None:
-    assert tiles.conv_tile(256, 3136) == (128, 256, 64, 8, 3)
-    # 2 tiles of 128 images, 13 of 256 outputs (3328), 49 steps of 64 inputs (3136)
-    assert tiles.conv_macs(256, 96, 3136, -3135, 3135) == 96 * 256 * 3328 * 3136
+    assert tiles.conv_tile(256, 3136) == (256, 128, 64, 8, 4)
+    # 1 tile of 256 images, 25 of 128 outputs (3200), 49 steps of 64 inputs (3136)
+    assert tiles.conv_macs(256, 96, 3136, -3135, 3135) == 96 * 256 * 3200 * 3136
     # 25 tiles of 128 outputs by as many of inputs (3200), 4 steps of 64 images
-    assert tiles.dtaps_tile(256, 3136) == (128, 128, 64, 8, 3)
+    assert tiles.dtaps_tile(256, 3136) == (128, 128, 64, 4, 3)
     assert tiles.dtaps_macs(256, 96, 3136, -3135) == 96 * 256 * 3200**2
     # causal: the tiles on and below the diagonal
     assert tiles.dtaps_macs(256, 96, 3136, 0) == 96 * 256 * 25 * 26 // 2 * 128**2
-    assert tiles.conv_macs(256, 96, 3136, 0, 3135) == 96 * 256 * 256 * 64 * (sum(range(4, 49, 4)) + 49)
+    assert tiles.conv_macs(256, 96, 3136, 0, 3135) == 96 * 256 * 128 * 64 * (sum(range(2, 49, 2)) + 49)
 
 
 @pytest.mark.end_to_end

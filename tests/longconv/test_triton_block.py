@@ -18,7 +18,11 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from sgconvnext.longconv.triton import block, block_programs
-from sgconvnext.longconv.triton.block import layer_norm_channels_last, scale_residual_channels_first
+from sgconvnext.longconv.triton.block import (
+    layer_norm_channels_last,
+    residual_and_copy,
+    scale_residual_channels_first,
+)
 
 INTERPRETED = not torch.cuda.is_available()
 EPS = 1e-6
@@ -180,6 +184,30 @@ def test_residual_without_factors_matches_definition(gamma: bool, keep: bool) ->
         check("residual", ours, truth, TOLERANCE[ours.dtype])
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["branch", "shortcut alone"])
+def test_copy_of_the_sum_adds_its_gradient_to_that_of_the_sum(trained: bool, few_programs: None) -> None:
+    operands = Residual.random((3, 40, 49), torch.float32, torch.bfloat16)
+    dcopy = random(3, 40, 49, dtype=torch.bfloat16)
+    inputs = [tensor.detach().requires_grad_(trained or i == 0) for i, tensor in enumerate(operands[:3])]
+    out, copy = residual_and_copy(*inputs, operands.keep, torch.bfloat16)
+    assert torch.equal(copy, out.to(torch.bfloat16)) or INTERPRETED  # it cuts off what a GPU rounds
+    check("copy", copy.detach(), operands.define()[0], TOLERANCE[torch.bfloat16])
+    got = torch.autograd.grad([out, copy], inputs if trained else inputs[:1], [operands.dout, dcopy])
+    both = operands._replace(dout=operands.dout + dcopy.float())
+    for name, ours, truth in zip(("dshortcut", "dy", "dgamma"), got, both.define()[1:], strict=False):
+        check(name, ours, truth, TOLERANCE[ours.dtype])
+
+
+@pytest.mark.parametrize("only", ["sum", "copy"])
+def test_gradient_of_the_sum_or_its_copy_alone(only: str) -> None:
+    operands = Residual.random((2, 40, 49), torch.float32, torch.bfloat16)
+    inputs = [tensor.detach().requires_grad_() for tensor in operands[:3]]
+    sums = residual_and_copy(*inputs, operands.keep, torch.float32)
+    got = torch.autograd.grad(sums[only == "copy"], inputs, operands.dout)
+    for ours, truth in zip(got, operands.define()[1:], strict=True):
+        check(only, ours, truth, TOLERANCE[ours.dtype])
+
+
 def test_residual_keeps_updates_that_bfloat16_would_lose() -> None:
     operands = Residual.random((1, 40, 49), torch.float32, torch.bfloat16)._replace(gamma=torch.full((40,), 1e-6))
     out = operands.run()[0]
@@ -295,7 +323,7 @@ def test_compiles_without_a_graph_break() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_is_a_well_behaved_operator(name: str, dtype: torch.dtype) -> None:
     norm = Norm.random((2, 40, 17), dtype, torch.bfloat16)
-    inputs = [tensor.requires_grad_() for tensor in norm[:3]]
+    inputs = [tensor.detach() for tensor in norm[:3]]
     _, stats = block._norm(*inputs, EPS, torch.bfloat16)
     if name == "forward":
         torch.library.opcheck(block._norm, (*inputs, EPS, torch.bfloat16))
@@ -307,11 +335,12 @@ def test_norm_is_a_well_behaved_operator(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gamma", [False, True])
 def test_residual_is_a_well_behaved_operator(gamma: bool, keep: bool) -> None:
     residual = Residual.random((2, 40, 17), torch.float32, torch.bfloat16, gamma, keep)
-    inputs = [None if tensor is None else tensor.detach().requires_grad_() for tensor in residual[:3]]
-    torch.library.opcheck(block._residual, (*inputs, residual.keep))
-    for y in (None, residual.y):
-        operands = (residual.dout, y, residual.gamma, residual.keep, torch.bfloat16)
-        torch.library.opcheck(block._residual_gradients, operands)
+    inputs = [None if tensor is None else tensor.detach() for tensor in residual[:3]]
+    for dtype, dcopy in ((None, None), (torch.bfloat16, residual.dout.bfloat16())):
+        torch.library.opcheck(block._residual, (*inputs, residual.keep, dtype))
+        for y in (None, residual.y):
+            operands = (residual.dout, dcopy, y, residual.gamma, residual.keep, torch.bfloat16)
+            torch.library.opcheck(block._residual_gradients, operands)
 
 
 def second(of: Tensor, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
@@ -376,10 +405,10 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     keep = torch.ones(last + 1)
     x[last], y[last], keep[last] = residual.shortcut[0], residual.y[0], residual.keep[0]
-    run_last(monkeypatch, block_programs._residual_forward, last, x, y, residual.gamma, keep, dx, **size)
+    run_last(monkeypatch, block_programs._residual_forward, last, x, y, residual.gamma, keep, dx, None, **size)
     check("out", dx[last:], residual.define()[0], TOLERANCE[torch.float16])
     x[last] = residual.dout[0]
-    operands = (x, y, residual.gamma, keep, dy, sums[0], last + 1, 1)
+    operands = (x, None, y, residual.gamma, keep, None, dy, sums[0], last + 1, 1)
     run_last(monkeypatch, block_programs._residual_backward, last, *operands, **size)
     for ours, truth in zip((dy[last:], sums[0, last]), residual.define()[2:], strict=True):
         check("residual", ours, truth, TOLERANCE[ours.dtype])

@@ -81,7 +81,7 @@ def check(shape: tuple[int, ...], length: int, options: KernelOptions, dtype: to
         found.append({"taps": taps, "dweight": dweight, "dskip": dskip, "again": again})
     bound = 2e-6 if dtype == torch.float32 else 1e-2  # the gradients have the dtype of the parameters
     for name, want in found[1].items():
-        error = relative_error(found[0][name].cpu(), want)
+        error = relative_error(found[0][name].cpu(), want.cpu())
         assert error <= (2e-6 if name == "taps" else bound), f"{name}: relative error {error:.1e}"
 
 

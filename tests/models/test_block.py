@@ -15,6 +15,7 @@ from torchvision.ops import StochasticDepth
 from sgconvnext.models import block, fused
 from sgconvnext.models.block import SGConvNeXtBlock
 from sgconvnext.models.gate import Gate
+from sgconvnext.models.stage import SGConvNeXtStage
 
 SHAPE = (3, 8, 10, 7)  # 210 tokens
 
@@ -207,6 +208,44 @@ def test_fused_block_equals_the_whole(drop_path: float, options: dict[str, Any])
     else:
         for got, want in zip(*found, strict=True):
             assert relative_error(got, want) <= 1e-2
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("options", [{}, GAP, GATED], ids=["plain", "gap", "gated"])
+def test_chain_of_fused_blocks_equals_one_after_another(options: dict[str, Any]) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    stage = SGConvNeXtStage(
+        16, 16, depth=3, grid=(5, 4), stride=1, dilation=(1, 1), drop_path=[0.0] * 3, ls_init_value=0.5,
+        backend="triton", device=device, **options,
+    )  # fmt: skip
+    for block_ in stage.blocks:
+        opened(block_)
+    x, dy = torch.randn(2, 16, 5, 4, device=device), torch.randn(2, 16, 5, 4, device=device)
+    found = []
+    for alone in (False, True):
+        inputs = [x.clone().requires_grad_(), *stage.parameters()]
+        with torch.autocast(device, torch.float16):
+            assert fused.fused_chain(stage.blocks, inputs[0]) is fused.triton_chain
+            y = stage.blocks(inputs[0]) if alone else stage(inputs[0])
+        found.append([y, *torch.autograd.grad(y, inputs, dy)])
+    for got, want in zip(*found, strict=True):
+        assert relative_error(got, want) <= 1e-3
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_chain_is_not_taken_where_it_would_be_missed() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    blocks = torch.nn.Sequential(*(SGConvNeXtBlock(16, (5, 4), backend="triton", device=device) for _ in range(2)))
+    x = torch.randn(2, 16, 5, 4, device=device)
+    assert fused.fused_chain(blocks, x) is None  # full precision
+    with torch.autocast(device, torch.float16):
+        assert fused.fused_chain(blocks, x) is fused.triton_chain
+        for module in (blocks, blocks[0], blocks[1].mlp):
+            handle = module.register_forward_hook(lambda *_: None)
+            assert fused.fused_chain(blocks, x) is None
+            handle.remove()
+        blocks[1].sgconv.backend = "fft"
+        assert fused.fused_chain(blocks, x) is None
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")

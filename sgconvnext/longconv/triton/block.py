@@ -71,6 +71,16 @@ def scale_residual_channels_first(
     Raises:
         ValueError: other shapes or dtypes, or keep requires a gradient.
     """
+    return residual_and_copy(shortcut, y, gamma, keep, None)[0]
+
+
+def residual_and_copy(
+    shortcut: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """`scale_residual_channels_first`, and the same once more in a dtype (None: no copy, but an empty tensor).
+
+    The next convolution reads the copy, which so takes no pass of its own, forward or backward.
+    """
     _check_map("shortcut", shortcut)
     _check_map("y", y)
     batch, channels, length = shortcut.shape
@@ -84,8 +94,8 @@ def scale_residual_channels_first(
         _check_vector("keep", keep, batch, "B")
         if keep.requires_grad:
             raise ValueError("keep requires a gradient, and has none here: pass keep.detach()")
-    out: Tensor = _Residual.apply(shortcut, y, gamma, keep)
-    return out
+    sums: tuple[Tensor, Tensor] = _Residual.apply(shortcut, y, gamma, keep, dtype)
+    return sums
 
 
 def _check_map(name: str, x: Tensor) -> None:
@@ -156,55 +166,80 @@ def _plain_norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> 
     return dx.to(x.dtype), (g * u).sum((0, 2)), g.sum((0, 2))
 
 
-def _like_residual(shortcut: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
-    return shortcut.new_empty(shortcut.shape)
+def _like_residual(
+    shortcut: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, copy: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    copied = shortcut.new_empty(0) if copy is None else shortcut.new_empty(shortcut.shape, dtype=copy)
+    return shortcut.new_empty(shortcut.shape), copied
 
 
 @operator("scale_residual_channels_first", fake=_like_residual)
-def _residual(shortcut: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
+def _residual(
+    shortcut: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, copy: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     from . import block_programs
 
-    return block_programs.residual(shortcut, y, gamma, keep)
+    return block_programs.residual(shortcut, y, gamma, keep, copy)
 
 
 def _like_residual_gradients(
-    dout: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    dout: Tensor,
+    dcopy: Tensor | None,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, length = dout.shape
     dgamma = dout.new_empty(0 if y is None else channels, dtype=torch.float32)
-    return dout.new_empty((batch, length, channels), dtype=dtype), dgamma
+    dshortcut = dout.new_empty(0 if dcopy is None else dout.shape)
+    return dshortcut, dout.new_empty((batch, length, channels), dtype=dtype), dgamma
 
 
 @operator("scale_residual_channels_first_backward", fake=_like_residual_gradients)
 def _residual_gradients(
-    dout: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    dout: Tensor,
+    dcopy: Tensor | None,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     from . import block_programs
 
-    return block_programs.residual_gradients(dout, y, gamma, keep, dtype)
+    return block_programs.residual_gradients(dout, dcopy, y, gamma, keep, dtype)
 
 
 class _Residual(Function):
     """`_residual` with a derivative."""
 
     @staticmethod
-    def forward(ctx: Any, shortcut: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
-        ctx.dtype = y.dtype
+    def forward(
+        ctx: Any, shortcut: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, copy: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.dtype, ctx.copied = y.dtype, copy is not None
         # y is the largest of them, and only the gradient of gamma needs it
         ctx.save_for_backward(y if ctx.needs_input_grad[2] else None, gamma, keep)
-        out: Tensor = _residual(shortcut, y, gamma, keep)
-        return out
+        out, copied = _residual(shortcut, y, gamma, keep, copy)
+        if copy is None:
+            ctx.mark_non_differentiable(copied)
+        return out, copied
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, dout: Tensor, dcopy: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         y, gamma, keep = ctx.saved_tensors
-        if not any(ctx.needs_input_grad[1:3]):
-            return dout, None, None, None
-        if torch.is_grad_enabled():  # somebody differentiates again
-            dy, dgamma = _plain_residual_gradients(dout, y, gamma, keep, ctx.dtype)
+        dcopy = dcopy if ctx.copied else None
+        if torch.is_grad_enabled() or not any(ctx.needs_input_grad[1:3]):  # somebody may differentiate again
+            dshortcut = dout if dcopy is None else dout + dcopy.to(dout.dtype)
+            if not any(ctx.needs_input_grad[1:3]):
+                return dshortcut, None, None, None, None
+            dy, dgamma = _plain_residual_gradients(dshortcut, y, gamma, keep, ctx.dtype)
         else:
-            dy, dgamma = _residual_gradients(dout, y, gamma, keep, ctx.dtype)
-        return dout, dy, None if y is None else dgamma.to(gamma.dtype), None
+            dshortcut, dy, dgamma = _residual_gradients(dout, dcopy, y, gamma, keep, ctx.dtype)
+            dshortcut = dout if dcopy is None else dshortcut
+        return dshortcut, dy, None if y is None else dgamma.to(gamma.dtype), None, None
 
 
 def _plain_residual_gradients(

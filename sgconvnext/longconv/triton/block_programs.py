@@ -139,12 +139,13 @@ def _residual_forward(
     gamma: tl.tensor,
     keep: tl.tensor,
     out: tl.tensor,
+    copy: tl.tensor,
     C: tl.constexpr,
     L: tl.constexpr,
     TILE_C: tl.constexpr,
     TILE_L: tl.constexpr,
 ) -> None:
-    """out for one tile."""
+    """out for one tile, and a copy of it in another dtype."""
     TOKEN_TILES: tl.constexpr = (L + TILE_L - 1) // TILE_L
     CHANNEL_TILES: tl.constexpr = (C + TILE_C - 1) // TILE_C
     tile = tl.program_id(0) // CHANNEL_TILES
@@ -160,14 +161,18 @@ def _residual_forward(
         value *= tl.load(keep + b).to(tl.float32)
     value += tl.load(shortcut + tokens_inner, mask=in_map, other=0.0).to(tl.float32)
     tl.store(out + tokens_inner, value.to(out.dtype.element_ty), mask=in_map)
+    if copy is not None:
+        tl.store(copy + tokens_inner, value.to(copy.dtype.element_ty), mask=in_map)
 
 
 @triton.jit(do_not_specialize=["tiles", "share"])
 def _residual_backward(
     dout: tl.tensor,
+    dcopy: tl.tensor,
     y: tl.tensor,
     gamma: tl.tensor,
     keep: tl.tensor,
+    dshortcut: tl.tensor,
     dy: tl.tensor,
     dgamma: tl.tensor,
     tiles: tl.tensor,
@@ -177,7 +182,7 @@ def _residual_backward(
     TILE_C: tl.constexpr,
     TILE_L: tl.constexpr,
 ) -> None:
-    """dy for ``share`` tiles, and the sums over their tokens for dgamma."""
+    """dy for ``share`` tiles, the sums over their tokens for dgamma, and with a copy dshortcut = dout + dcopy."""
     TOKEN_TILES: tl.constexpr = (L + TILE_L - 1) // TILE_L
     CHANNEL_TILES: tl.constexpr = (C + TILE_C - 1) // TILE_C
     pid = tl.program_id(0) // CHANNEL_TILES
@@ -188,7 +193,11 @@ def _residual_backward(
         t = (tile % TOKEN_TILES) * TILE_L + tl.arange(0, TILE_L)
         in_map = (c < C)[:, None] & (t < L)[None, :]
         channels_inner = b * (C * L) + (t[None, :] * C + c[:, None])
-        g = tl.load(dout + b * (C * L) + (c[:, None] * L + t[None, :]), mask=in_map, other=0.0).to(tl.float32)
+        tokens_inner = b * (C * L) + (c[:, None] * L + t[None, :])
+        g = tl.load(dout + tokens_inner, mask=in_map, other=0.0).to(tl.float32)
+        if dcopy is not None:
+            g += tl.load(dcopy + tokens_inner, mask=in_map, other=0.0).to(tl.float32)
+            tl.store(dshortcut + tokens_inner, g.to(dshortcut.dtype.element_ty), mask=in_map)
         if keep is not None:
             g *= tl.load(keep + b).to(tl.float32)
         if dgamma is not None:
@@ -225,29 +234,42 @@ def norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor) -> tupl
     return dx, partial[0].sum(0), partial[1].sum(0)
 
 
-def residual(shortcut: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
-    """shortcut (B, C, L) and its branch (B, L, C), scaled, together."""
+def residual(
+    shortcut: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, copy: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """shortcut (B, C, L) and its branch (B, L, C), scaled, together; and a copy, or an empty tensor."""
     batch, channels, length = shortcut.shape
     out = shortcut.new_empty(shortcut.shape)
+    copied = None if copy is None else shortcut.new_empty(shortcut.shape, dtype=copy)
     tile = residual_tile(channels)
     tiles = batch * ceil_div(length, tile.tokens) * ceil_div(channels, tile.channels)
-    _launch(_residual_forward, tiles, shortcut.shape, tile, (shortcut, y, gamma, keep, out))
-    return out
+    _launch(_residual_forward, tiles, shortcut.shape, tile, (shortcut, y, gamma, keep, out, copied))
+    return out, shortcut.new_empty(0) if copied is None else copied
 
 
 def residual_gradients(
-    dout: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Gradients of y, in its dtype, and of gamma, in float32; an empty tensor for the latter if y is not given."""
+    dout: Tensor,
+    dcopy: Tensor | None,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the shortcut, if there is a copy, of y, in its dtype, and of gamma, in float32, if y is given.
+
+    What is not computed is an empty tensor.
+    """
     batch, channels, length = dout.shape
     tile = residual_tile(channels)
     token_tiles, channel_tiles = batch * ceil_div(length, tile.tokens), ceil_div(channels, tile.channels)
     programs, share = _shares(token_tiles, ceil_div(PROGRAMS, channel_tiles))
+    dshortcut = None if dcopy is None else dout.new_empty(dout.shape)
     dy = dout.new_empty((batch, length, channels), dtype=dtype)
     partial = None if y is None else dout.new_empty((programs, channels), dtype=torch.float32)
-    operands = (dout, y, gamma, keep, dy, partial, token_tiles, share)
+    operands = (dout, dcopy, y, gamma, keep, dshortcut, dy, partial, token_tiles, share)
     _launch(_residual_backward, programs * channel_tiles, dout.shape, tile, operands)
-    return dy, dout.new_empty(0, dtype=torch.float32) if partial is None else partial.sum(0)
+    dgamma = dout.new_empty(0, dtype=torch.float32) if partial is None else partial.sum(0)
+    return dout.new_empty(0) if dshortcut is None else dshortcut, dy, dgamma
 
 
 def _shares(tiles: int, programs: int) -> tuple[int, int]:

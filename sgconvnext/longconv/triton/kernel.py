@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def takes(*parameters: Tensor) -> bool:
     """Whether `multiscale_taps` can be used here and now: on CUDA, and no transform or tracer is at work."""
-    if not all(p.is_cuda and p.dtype in DTYPES for p in parameters) or not is_installed():
+    if not all(p.device.type == "cuda" and p.dtype in DTYPES for p in parameters) or not is_installed():
         return False
     if torch.compiler.is_compiling():
         return not is_recorded()
@@ -92,46 +92,62 @@ def _parameters(
     return kernel_programs.parameters(dtaps, norm, tuple(shape), length, _constants(alpha, exponent))
 
 
+# No *options in these: where nothing needs a gradient, torch's compiler leaves ctx out of a forward that has them.
+
+
 class _Taps(Function):
     """`_taps` with a derivative."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, skip: Tensor, norm: Tensor, length: int, *options: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        skip: Tensor,
+        norm: Tensor,
+        length: int,
+        alpha: tuple[float, float],
+        exponent: float | None,
+    ) -> Tensor:
         ctx.save_for_backward(norm)
-        ctx.shape, ctx.dtypes, ctx.length, ctx.options = weight.shape, (weight.dtype, skip.dtype), length, options
-        made: Tensor = _taps(weight, skip, norm, length, *options)
+        ctx.shape, ctx.dtypes = weight.shape, (weight.dtype, skip.dtype)
+        ctx.options = length, alpha, exponent
+        made: Tensor = _taps(weight, skip, norm, length, alpha, exponent)
         return made
 
     @staticmethod
     def backward(ctx: Any, dtaps: Tensor) -> tuple[Tensor | None, ...]:
         (norm,) = ctx.saved_tensors
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        adjoint = _Parameters.apply if again else _parameters
-        dweight = adjoint(dtaps, norm, ctx.shape, ctx.length, *ctx.options) if ctx.needs_input_grad[0] else None
-        lag_0 = 0 if ctx.shape[0] == 1 else ctx.length - 1
-        dskip = dtaps[:, lag_0] if ctx.needs_input_grad[1] else None
-        dtypes = zip((dweight, dskip), ctx.dtypes, strict=True)
-        return (
-            *(None if gradient is None else gradient.to(dtype) for gradient, dtype in dtypes),
-            None,
-            None,
-            None,
-            None,
-        )
+        dweight = dskip = None
+        if ctx.needs_input_grad[0]:
+            again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            adjoint = _Parameters.apply if again else _parameters
+            dweight = adjoint(dtaps, norm, ctx.shape, *ctx.options).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            lag_0 = 0 if ctx.shape[0] == 1 else ctx.options[0] - 1
+            dskip = dtaps[:, lag_0].to(ctx.dtypes[1])
+        return dweight, dskip, None, None, None, None
 
 
 class _Parameters(Function):
     """`_parameters` with a derivative: both are linear, so it is `_taps`."""
 
     @staticmethod
-    def forward(ctx: Any, dtaps: Tensor, norm: Tensor, shape: torch.Size, length: int, *options: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        dtaps: Tensor,
+        norm: Tensor,
+        shape: torch.Size,
+        length: int,
+        alpha: tuple[float, float],
+        exponent: float | None,
+    ) -> Tensor:
         ctx.save_for_backward(norm)
-        ctx.length, ctx.options = length, options
-        dweight: Tensor = _parameters(dtaps, norm, shape, length, *options)
+        ctx.options = length, alpha, exponent
+        dweight: Tensor = _parameters(dtaps, norm, shape, length, alpha, exponent)
         return dweight
 
     @staticmethod
     def backward(ctx: Any, ddweight: Tensor) -> tuple[Tensor | None, ...]:
         (norm,) = ctx.saved_tensors
         nothing = ddweight.new_zeros(ddweight.shape[2])
-        return _Taps.apply(ddweight, nothing, norm, ctx.length, *ctx.options), *[None] * 5
+        return _Taps.apply(ddweight, nothing, norm, *ctx.options), None, None, None, None, None
