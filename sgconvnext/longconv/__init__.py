@@ -4,12 +4,14 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import derivatives, dft, fft, reference, toeplitz
 from .backend import Backend
 from .choice import choose_backend
 from .context import is_recorded
+from .precision import full_precision, without_autocast
 from .triton import toeplitz as triton_toeplitz
 
 BACKENDS: dict[str, Backend] = {
@@ -28,6 +30,7 @@ __all__ = [
     "choose_backend",
     "freeze",
     "long_conv",
+    "long_conv_of_open_size",
 ]
 
 
@@ -81,6 +84,32 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
     if chosen.plain and (chosen.operations is None or is_recorded()):
         return chosen.plain(x, taps)
     return derivatives.long_conv(x, taps, chosen)
+
+
+def long_conv_of_open_size(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
+    """`long_conv` of maps (B, C, H, R), row by row, in an export that leaves H or R open.
+
+    Args:
+        x: the maps; L = H R.
+        taps: as in `long_conv`.
+        backend: "auto" and "dft" are products of matrices, with the rows as the blocks: O(L (H + R)). "fft" is an FFT
+            of 2L points.
+
+    Returns:
+        y (B, C, H, R).
+
+    Raises:
+        ValueError: the backend is "triton", which no export can hold.
+    """
+    chosen = BACKENDS[choose_backend(x.flatten(2), backend)]
+    if chosen.plain is None:
+        raise ValueError(f"backend {backend!r} cannot be exported; build the model with backend='auto'")
+    x = chosen.prepare(x)
+    if chosen is not dft.BACKEND:
+        return chosen.plain(x.flatten(2), taps).reshape(x.shape)
+    with without_autocast(x):
+        missing = 2 * x.shape[2] * x.shape[3] - 1 - taps.shape[-1]
+        return dft.convolve_blocks(x, F.pad(taps.to(full_precision(x.dtype)), (missing, 0)))
 
 
 def freeze(taps: Tensor, length: int, dtype: torch.dtype, backend: str) -> Callable[[Tensor], Tensor]:

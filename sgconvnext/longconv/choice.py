@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .context import is_recorded, is_traced_to_onnx
+from .context import is_open, is_recorded, is_traced_to_onnx
 from .triton import toeplitz as triton_toeplitz
 
 # Where Toeplitz products beat the FFT, or lose little: device; images at most; longest signal in float32, and in half
@@ -30,13 +30,15 @@ def choose_backend(x: Tensor, backend: str = "auto", length: int | None = None, 
         one_length: whether this length comes again and again, so that it is worth compiling Triton's programs for it.
 
     Returns:
-        The name. In an export to ONNX by tracing, which has no FFT, "auto" is "toeplitz" or "dft", whichever has fewer
-        products. On CUDA in half precision, by autocast too, it is "triton" up to `TRITON` samples, except in exports.
-        Elsewhere it is "toeplitz" or "fft".
+        The name. In an export that leaves L open, "auto" is "dft". In an export to ONNX by tracing, which has no FFT,
+        it is "toeplitz" or "dft", whichever has fewer products. On CUDA in half precision, by autocast too, it is
+        "triton" up to `TRITON` samples, except in exports. Elsewhere it is "toeplitz" or "fft".
     """
     if backend != "auto":
         return backend
     length = x.shape[2] if length is None else length
+    if is_open((length,)):
+        return "dft"
     if is_traced_to_onnx():
         return "toeplitz" if length <= 64 else "dft"
     # in this order: a comparison of a symbolic length is a bound for torch.export

@@ -1,5 +1,7 @@
 """What is at work around a call: a tracer, an export, forward mode, or torch.func."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -16,6 +18,11 @@ def is_recorded() -> bool:
 def _is_exporting() -> bool:
     asked = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 lacks it, and runs what it compiles
     return asked is not None and asked()
+
+
+def is_open(size: Sequence[int]) -> bool:
+    """Whether an export leaves one of these sizes open. It is a symbol then, and comparing it would settle it."""
+    return is_recorded() and any(isinstance(side, torch.SymInt) for side in size)
 
 
 def is_traced_to_onnx() -> bool:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import Backend, Operations
+from .context import is_open
 from .precision import full_precision, product_dtype, without_autocast
 from .products import channel_chunks, multiply_into
 from .toeplitz import antidiagonal_sums
@@ -154,23 +155,36 @@ def _gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return dx, _correlate(x, dy, taps.shape[1], dx, taps)
 
 
+def convolve_blocks(x: Tensor, taps: Tensor) -> Tensor:
+    """y (B, C, n, b) of x, n blocks of b samples (B, C, n, b), by products of matrices only, for tracers and exports.
+
+    The sizes may be open in an export. Taps are (C, 2nb-1) for the lags -(nb-1) .. nb-1.
+    """
+    n, size = x.shape[2:]
+    if torch.jit.is_tracing():  # which has tensors for sizes, and holds for these alone
+        n, size = int(n), int(size)
+    waves = _waves(n, full_precision(x.dtype), x.device)
+    transform = _isometry(waves).to(x.dtype)
+    block = torch.arange(2 * n - 1, device=x.device)[:, None] * size
+    lags = taps[:, block + torch.arange(2 * size - 1, device=x.device)]  # (C, 2n-1, 2b-1)
+    response = torch.matmul(waves, lags).to(x.dtype).unflatten(1, (n, 2))
+    sample = torch.arange(size, device=x.device)
+    parts = response[..., sample[None, :] - sample[:, None] + size - 1]  # (C, n, 2, b, b) of T_d, transformed
+    real, imaginary = parts[:, :, 0], parts[:, :, 1]
+    matrix = torch.cat([torch.cat([real, imaginary], -1), torch.cat([-imaginary, real], -1)], -2)
+    spectrum = torch.matmul(transform, x).flatten(-2).unflatten(-1, (n, 2 * size))
+    product = torch.matmul(spectrum.permute(1, 2, 0, 3), matrix).permute(2, 0, 1, 3)
+    return torch.matmul(transform.transpose(0, 1), product.flatten(-2).unflatten(-1, (2 * n, size)))
+
+
 def _plain(x: Tensor, taps: Tensor) -> Tensor:
     """Products of matrices only, for runtimes without an FFT."""
-    length = int(x.shape[-1])
+    length = int(x.shape[-1]) if torch.jit.is_tracing() else x.shape[-1]
     with without_autocast(x):
-        plan = _Plan(x, taps)
-        n, size = plan.blocks, plan.size
-        block = torch.arange(2 * n - 1, device=x.device)[:, None] * size
-        lags = plan.taps[:, block + torch.arange(2 * size - 1, device=x.device)]  # (C, 2n-1, 2b-1)
-        response = torch.matmul(plan.waves, lags).to(x.dtype).unflatten(1, (n, 2))
-        sample = torch.arange(size, device=x.device)
-        parts = response[..., sample[None, :] - sample[:, None] + size - 1]  # (C, n, 2, b, b) of T_d, transformed
-        real, imaginary = parts[:, :, 0], parts[:, :, 1]
-        matrix = torch.cat([torch.cat([real, imaginary], -1), torch.cat([-imaginary, real], -1)], -2)
-        blocks = F.pad(x, (0, plan.margin)).unflatten(-1, (n, size))
-        spectrum = torch.matmul(plan.transform, blocks).flatten(-2).unflatten(-1, (n, 2 * size))
-        product = torch.matmul(spectrum.permute(1, 2, 0, 3), matrix).permute(2, 0, 1, 3)
-        y = torch.matmul(plan.transform.transpose(0, 1), product.flatten(-2).unflatten(-1, (2 * n, size)))
+        n, size = (length, 1) if is_open((length,)) else block_shape(length)
+        margin, missing = n * size - length, 2 * length - 1 - taps.shape[-1]
+        taps = F.pad(taps.to(full_precision(x.dtype)), (margin + missing, margin))
+        y = convolve_blocks(F.pad(x, (0, margin)).unflatten(-1, (n, size)), taps)
         return y.flatten(-2)[..., :length]
 
 

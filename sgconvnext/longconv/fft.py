@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import cost
 from .backend import Backend, Operations
-from .context import is_traced_to_onnx
+from .context import is_open, is_traced_to_onnx
 from .precision import full_precision, without_autocast
 
 # Bytes of padded signals that are transformed at a time. On a CPU a chunk and its spectrum should stay in the cache:
@@ -20,7 +20,11 @@ def fft_length(length: int) -> int:
 
     Any n >= 2L-1 is exact: of the lags l and l - n at most one lies within -(L-1) .. L-1. Lengths of this form are
     fast in every FFT library (at 224 px: 6400, 1600, 400, 128; on a CPU 400 takes 15 % less time than 392 = 8 * 7^2).
+    An export that leaves L open cannot search, and takes 2L.
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out an if, but no half of a condition
+        if is_open((length,)):
+            return 2 * length
     n = -(-(2 * length - 1) // 16) * 16
     while not _is_smooth(n):
         n += 16
@@ -38,8 +42,6 @@ def _spectrum(taps: Tensor, length: int) -> Tensor:
     """Transform of the taps in circular order: lag 0 first, the negative lags at the end."""
     behind = taps.shape[-1] - length  # negative lags
     gap = taps.new_zeros(taps.shape[0], fft_length(length) - taps.shape[-1])
-    if behind == 0:
-        return torch.fft.rfft(torch.cat([taps, gap], dim=1))
     return torch.fft.rfft(torch.cat([taps[:, behind:], gap, taps[:, :behind]], dim=1))
 
 

@@ -89,7 +89,7 @@ def _freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor],
 
 def _plain(x: Tensor, taps: Tensor) -> Tensor:
     """Same contract as reference.long_conv in operators that write nowhere, for what traces."""
-    length = int(x.shape[-1])
+    length = int(x.shape[-1]) if torch.jit.is_tracing() else x.shape[-1]
     with without_autocast(x):
         lag = torch.arange(length, device=x.device)[None, :] - torch.arange(length, device=x.device)[:, None]
         matrix = _two_sided(taps.to(x.dtype), length)[:, lag + length - 1]  # (C, s, t)

@@ -50,7 +50,9 @@ def scale_dim_with_gap(height: int, width: int, row_gap: int) -> int:
     return min(length, max(-(-length // 16), -(-reach // 2)))
 
 
-def resize_taps(taps: Tensor, built: tuple[int, int], size: tuple[int, int], row_gap: int = 0) -> Tensor:
+def resize_taps(
+    taps: Tensor, built: tuple[int, int], size: tuple[int, int], row_gap: int = 0, is_open: bool = False
+) -> Tensor:
     """Taps for another feature map, each at the 2-D offset that it was built for.
 
     Rows are R = W + g apart. lag = dy * R + dx with -R/2 <= dx < R/2 is read as the offset (dy, dx). The tap of a lag
@@ -63,6 +65,8 @@ def resize_taps(taps: Tensor, built: tuple[int, int], size: tuple[int, int], row
         built: (H0, W0).
         size: (H, W) of the new map, L = H (W + g); without a gap, size == built leaves the taps as they are.
         row_gap: g, zero columns between two rows.
+        is_open: whether an export leaves the size open. The taps then stay as they are at the built size, with a gap
+            too.
 
     Returns:
         taps (C, 2L - 1), or (C, L) when causal and built for more than one token.
@@ -75,7 +79,11 @@ def resize_taps(taps: Tensor, built: tuple[int, int], size: tuple[int, int], row
     half = built_row // 2
     trained = (dx >= -half) & (dx < built_row - half) & (index >= 0) & (index < taps.shape[-1])
     if row_gap > 0:  # no two pixels of the built map are so far apart: these taps met zeros only, and learnt nothing
-        trained = trained & (dy.abs() < built[0]) & (dx.abs() < built[1])
+        met = (dy.abs() < built[0]) & (dx.abs() < built[1])
+        if is_open:
+            is_built = (torch.scalar_tensor(size[0]) == built[0]) & (torch.scalar_tensor(size[1]) == built[1])
+            met = met | is_built.to(met.device)
+        trained = trained & met
     return torch.where(trained, taps.index_select(1, index.clamp(0, taps.shape[-1] - 1)), 0.0)
 
 

@@ -12,8 +12,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..longconv import choose_backend, freeze, long_conv
-from ..longconv.context import is_transformed, runs_eagerly_on_cpu
+from ..longconv import choose_backend, freeze, long_conv, long_conv_of_open_size
+from ..longconv.context import is_open, is_transformed, runs_eagerly_on_cpu
 from ..longconv.fft import plain_long_conv
 from .generator import KernelGenerator
 from .input_size import map_size, resize_taps, scale_dim_with_gap, stretch
@@ -183,9 +183,10 @@ class SGConv(KernelGenerator):
 
 def _split_phases(x: Tensor, dilation: int) -> Tensor:
     """(B, C, H, W) to its r x r subsampled maps (r r B, C, ceil(H/r), ceil(W/r)), the last ones filled with zeros."""
-    x = F.pad(x, (0, -x.shape[3] % dilation, 0, -x.shape[2] % dilation))
     batch, channels, height, width = x.shape
-    x = x.reshape(batch, channels, height // dilation, dilation, width // dilation, dilation)
+    rows, columns = -(-height // dilation), -(-width // dilation)
+    x = F.pad(x, (0, columns * dilation - width, 0, rows * dilation - height))
+    x = x.reshape(batch, channels, rows, dilation, columns, dilation)
     return x.permute(3, 5, 0, 1, 2, 4).flatten(0, 2)
 
 
@@ -296,18 +297,23 @@ class SGConv2d(KernelGenerator):
         grid = (x.shape[2], x.shape[3])
         if self.row_gap > 0:
             x = F.pad(x, (0, self.row_gap))
-        rows = (x.shape[2], x.shape[3])
-        x = x.flatten(2)
-        if torch.jit.is_scripting():  # noqa: SIM108  TorchScript compiles both sides of the short form
-            y = plain_long_conv(x, self._taps_for(grid))
-        else:
-            y = _convolve(self, x, grid)
-        y = y.unflatten(2, rows)
+        y = self._convolve_rows(x, grid)
         if self.row_gap > 0:
             y = y[..., : grid[1]]
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)[:, None, None]
         return _join_phases(y, self.dilation, size) if self.dilation > 1 else y
+
+    def _convolve_rows(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Maps (B, C, H, W + g) convolved row by row."""
+        rows = (x.shape[2], x.shape[3])
+        if torch.jit.is_scripting():
+            y = plain_long_conv(x.flatten(2), self._taps_for(grid))
+        elif is_open(grid):
+            return long_conv_of_open_size(x, self._taps_for(grid), self.backend)
+        else:
+            y = _convolve(self, x.flatten(2), grid)
+        return y.unflatten(2, rows)
 
     @torch.jit.ignore
     def backend_for(self, x: Tensor) -> str:
@@ -320,12 +326,15 @@ class SGConv2d(KernelGenerator):
 
     @torch.jit.ignore
     def is_built_for(self, size: tuple[int, int]) -> bool:
-        """Whether the kernel is built for maps of that size."""
-        return size == self.input_size
+        """Whether the kernel is built for maps of that size; of none that an export leaves open."""
+        return not is_open(size) and size == self.input_size
 
     def _taps_for(self, size: tuple[int, int]) -> Tensor:
-        """The built taps, or those for a map of another size."""
+        """The built taps, or those for a map of another size; where an export leaves it open, for every size."""
         taps = self.built_taps()
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out an if, but no half of a condition
+            if is_open(size):
+                return resize_taps(taps, self.input_size, size, self.row_gap, is_open=True)
         return taps if size == self.input_size else resize_taps(taps, self.input_size, size, self.row_gap)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:

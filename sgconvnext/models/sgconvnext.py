@@ -43,7 +43,7 @@ def stem_input(x: Tensor, in_chans: int, min_size: int = MIN_SIZE) -> Tensor:  #
     """
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(f"images are {x.shape}; this model takes (B, {in_chans}, H, W)")
-    if min(x.shape[2], x.shape[3]) < min_size:
+    if x.shape[2] < min_size or x.shape[3] < min_size:  # not their minimum, which a symbolic size does not have
         raise ValueError(f"images are {x.shape[2]}x{x.shape[3]} pixels; resize them to at least {min_size}x{min_size}")
     # oneDNN's output then is in the layout of the norm that follows: for 8 images 1.6 ms instead of 8.4
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if x.device.type == "cpu" else x
