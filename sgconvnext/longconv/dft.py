@@ -49,7 +49,9 @@ def block_shape(length: int) -> tuple[int, int]:
 def _waves(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Cosine and minus sine (2n, 2n-1) of the n frequencies below half of N = 2n-1, at -(n-1) .. n-1."""
     index = torch.arange(1 - n, n, device=device)
-    phase = (torch.arange(n, device=device)[:, None] * index) % (2 * n - 1)  # exact, where angles would be rounded
+    phase, points = torch.arange(n, device=device)[:, None] * index, 2 * n - 1
+    # exact, where angles would be rounded; the exporter to ONNX has no remainder for an open size
+    phase = phase - torch.div(phase, points, rounding_mode="floor") * points
     angle = phase.to(dtype) * (2 * math.pi / (2 * n - 1))
     return torch.stack([angle.cos(), -angle.sin()], 1).flatten(0, 1)
 
