@@ -25,7 +25,7 @@ from timm.data import infer_imagenet_subset
 from timm.models._hub import generate_readme, save_config_for_hf  # save_for_hf, which is public, writes no metadata
 from torch import nn
 
-from . import console
+from . import console, formats
 from .training import build, checkpoint
 from .training.config import Config
 from .training.data import class_names
@@ -61,7 +61,10 @@ SGCONV = """@inproceedings{li2023sgconv,
 def main() -> None:
     args = parse_args()
     try:
-        told = export_checkpoint(args.checkpoint, args.folder, args.use_ema)
+        if args.format == "safetensors":
+            told = export_checkpoint(args.checkpoint, args.folder, args.use_ema)
+        else:
+            told = export_file(args)
     except ValueError as error:
         console.fail("sgconvnext.export", error)
     console.tell("sgconvnext.export", told + "\n")
@@ -73,10 +76,43 @@ def parse_args() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=console.path, help="last.pth or best.pth of a run")
-    parser.add_argument("folder", type=console.path, help="folder to write; it must not hold exported weights yet")
+    parser.add_argument(
+        "checkpoint", type=console.path, help="last.pth or best.pth of a run; or timm's name of a model"
+    )
+    parser.add_argument(
+        "folder", type=console.path, help="folder to write, or the file of another format; not there yet"
+    )
     parser.add_argument("--use-ema", action="store_true", help="export the average of the weights")
-    return parser.parse_args()
+    parser.add_argument("--format", choices=["safetensors", *formats.SUFFIXES], default="safetensors")
+    parser.add_argument("--img-size", type=console.size, metavar="PX", help="224 or 256x192 (that of the model)")
+    parser.add_argument("--dynamic", choices=["batch", "hw"], nargs="+", default=[], help="sizes that stay open")
+    parser.add_argument("--opset", type=console.count, help=f"of ONNX ({formats.OPSET})")
+    parser.add_argument("--half", action="store_true", help="write float16")
+    args = parser.parse_args()
+    if args.format == "safetensors" and (args.img_size or args.dynamic or args.opset or args.half):
+        parser.error("--img-size, --dynamic, --opset and --half need another --format than safetensors")
+    return args
+
+
+def export_file(args: argparse.Namespace) -> str:
+    """Write the file that the arguments name, and tell how far it is from PyTorch.
+
+    Raises:
+        ValueError: no such model, or what `formats.refuse` and `formats.write` refuse.
+    """
+    formats.refuse(args.folder, args.format, args.img_size or (formats.STRIDE * 2,) * 2, args.dynamic, args.opset)
+    if Path(args.checkpoint).is_file():
+        model, config = build.trained_model(checkpoint.load(args.checkpoint), args.use_ema, args.checkpoint)
+        own = data_config(config)["input_size"][1:]
+    else:
+        model = build.from_timm(args.checkpoint, {"pretrained": ":" in args.checkpoint}, "CHECKPOINT ")
+        own = model.pretrained_cfg["input_size"][1:]
+    size = args.img_size or tuple(own)
+    formats.refuse(args.folder, args.format, size, args.dynamic, args.opset)
+    chosen = {"size": size, "dynamic": args.dynamic, "opset": args.opset, "half": args.half}
+    error = formats.write(model, args.folder, args.format, **chosen)
+    mib = Path(args.folder).stat().st_size / 2**20
+    return f"{args.folder}: {args.format}, {mib:.1f} MiB; its largest relative difference from PyTorch is {error:.1e}"
 
 
 def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:

@@ -1,0 +1,174 @@
+"""A network as a file for a runtime: ONNX, OpenVINO, torch.export's pt2 or TorchScript, checked in that runtime.
+
+Networks of this package are reparameterized first. Their file then holds the taps, and for ONNX and OpenVINO nothing
+but matrix products stands in for the FFT.
+"""
+
+import copy
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+
+STRIDE, LEAST_OPSET, OPSET = 32, 18, 20
+RUNTIMES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".pt", "openvino": ".xml"}
+LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 2e-2}
+
+
+def refuse(out: str, kind: str, size: Sequence[int], dynamic: Sequence[str], opset: int | None) -> None:
+    """Raise a ValueError for what cannot be written, before anything is built.
+
+    Args:
+        out: the file.
+        kind: of `SUFFIXES`.
+        size: H, W of the example, in pixels.
+        dynamic: "batch", "hw", both or none: the sizes that stay open.
+        opset: of ONNX; None for `OPSET`.
+    """
+    suffix = SUFFIXES[kind]
+    if Path(out).suffix != suffix:
+        raise ValueError(f"OUT {out!r} must end with {suffix}, as files of --format {kind} do")
+    for path in (Path(out), Path(out).with_suffix(".bin")) if kind == "openvino" else (Path(out),):
+        if path.exists():
+            raise ValueError(f"OUT {str(path)!r} exists; name another, or remove it")
+    if min(size) < STRIDE:
+        raise ValueError(f"--img-size {size[0]}x{size[1]} is below the stride; use at least {STRIDE}x{STRIDE}")
+    if opset is not None and kind not in RUNTIMES:
+        raise ValueError(f"--opset {opset} is of ONNX; --format {kind} has none: leave it out")
+    if opset is not None and opset < LEAST_OPSET:
+        raise ValueError(f"--opset {opset} is too old for --format {kind}; use {LEAST_OPSET} or later")
+    if "hw" in dynamic and kind == "torchscript":
+        raise ValueError("--dynamic hw: a TorchScript trace holds for one size; use --format pt2, onnx or openvino")
+    if "hw" in dynamic and (min(size) < 2 * STRIDE or any(side % STRIDE for side in size)):
+        raise ValueError(f"--img-size {size[0]}x{size[1]}: with --dynamic hw use multiples of {STRIDE}, from 64 on")
+    for package in RUNTIMES.get(kind, ()):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--format {kind} needs the package {package}: pip install {package}")
+
+
+def write(
+    model: nn.Module,
+    out: str,
+    kind: str,
+    *,
+    size: tuple[int, int],
+    dynamic: Sequence[str] = (),
+    opset: int | None = None,
+    half: bool = False,
+) -> float:
+    """Write a network, and compare the file in its own runtime with the network.
+
+    Args:
+        model: images (B, C, H, W) to logits.
+        out, kind, size, dynamic, opset: as in `refuse`, which has to be called first.
+        half: in float16.
+
+    Returns:
+        the largest relative error ||got - want|| / ||want|| over the sizes that the file takes.
+
+    Raises:
+        ValueError: the file is wrong; it is not written then.
+    """
+    network = reparameterize_model(copy.deepcopy(model).eval())
+    dtype = torch.float16 if half else torch.float32
+    channels = getattr(network, "in_chans", 3)
+    network = network.to(dtype)
+    example = torch.randn(2, channels, *size, dtype=dtype)
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".export", dir=target.parent) as name, torch.no_grad():
+        beside = Path(name) / target.name
+        _save(network, example, beside, kind, dynamic, opset)
+        run = RUN[kind](beside)
+        worst = 0.0
+        for batch, height, width in _shapes(size, dynamic):
+            x = torch.randn(batch, channels, height, width, dtype=dtype)
+            want, got = network(x).double(), run(x).double()
+            worst = max(worst, float((got - want).norm() / want.norm()))
+        if not worst <= LARGEST_ERROR[dtype]:
+            raise ValueError(f"{kind}: the file differs from PyTorch by {worst:.1e}, so it was not written")
+        del run
+        for file in sorted(Path(name).iterdir()):
+            file.replace(target.with_name(file.name))
+    return worst
+
+
+def _shapes(size: tuple[int, int], dynamic: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Batches and sizes to compare at."""
+    batches = (1, 3) if "batch" in dynamic else (2,)
+    height, width = size
+    sizes = [size, (height + STRIDE, width), (64, 96)] if "hw" in dynamic else [size]
+    return [(batch, *pair) for pair in sizes for batch in batches]
+
+
+def _program_shapes(dynamic: Sequence[str]) -> Any:
+    dim = torch.export.Dim
+    shapes: dict[int, Any] = {0: dim("batch", min=1)} if "batch" in dynamic else {}
+    if "hw" in dynamic:
+        shapes |= {2: STRIDE * dim("height", min=1, max=128), 3: STRIDE * dim("width", min=1, max=128)}
+    return (shapes,) if shapes else None
+
+
+def _save(model: nn.Module, x: Tensor, path: Path, kind: str, dynamic: Sequence[str], opset: int | None) -> None:
+    if kind == "torchscript":
+        torch.jit.save(torch.jit.trace(model, x), str(path))
+    elif kind == "pt2":
+        torch.export.save(
+            torch.export.export(model, (x,), dynamic_shapes=_program_shapes(dynamic), strict=False), path
+        )
+    else:
+        target = path.with_suffix(".onnx")
+        for module in model.modules():
+            if getattr(module, "backend", None) == "auto":
+                module.backend = "dft"  # most runtimes have no FFT, or a slow one
+        torch.onnx.export(
+            model,
+            (x,),
+            target,
+            dynamo=True,
+            verbose=False,
+            opset_version=opset or OPSET,
+            dynamic_shapes=_program_shapes(dynamic),
+            external_data=False,
+        )
+        if kind == "openvino":
+            openvino = importlib.import_module("openvino")
+            openvino.save_model(openvino.convert_model(str(target)), str(path), compress_to_fp16=False)
+            target.unlink()
+
+
+def _pt2(path: Path) -> Callable[[Tensor], Tensor]:
+    return torch.export.load(path).module()
+
+
+def _torchscript(path: Path) -> Callable[[Tensor], Tensor]:
+    return torch.jit.load(str(path))
+
+
+def _onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    onnxruntime = importlib.import_module("onnxruntime")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def _openvino(path: Path) -> Callable[[Tensor], Tensor]:
+    openvino = importlib.import_module("openvino")
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # else some CPUs compute in bfloat16
+    compiled = openvino.compile_model(str(path), "CPU", exact)
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
+
+
+RUN: dict[str, Callable[[Path], Callable[[Tensor], Tensor]]] = {
+    "onnx": _onnx,
+    "pt2": _pt2,
+    "torchscript": _torchscript,
+    "openvino": _openvino,
+}
