@@ -101,6 +101,7 @@ def export_file(args: argparse.Namespace) -> str:
         ValueError: no such model, or what `formats.refuse` and `formats.write` refuse.
     """
     formats.refuse(args.folder, args.format, args.img_size or (formats.STRIDE * 2,) * 2, args.dynamic, args.opset)
+    model: Any
     if Path(args.checkpoint).is_file():
         model, config = build.trained_model(checkpoint.load(args.checkpoint), args.use_ema, args.checkpoint)
         own = data_config(config)["input_size"][1:]

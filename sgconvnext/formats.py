@@ -125,6 +125,7 @@ def _save(model: nn.Module, x: Tensor, path: Path, kind: str, dynamic: Sequence[
         )
     else:
         target = path.with_suffix(".onnx")
+        module: Any
         for module in model.modules():
             if getattr(module, "backend", None) == "auto":
                 module.backend = "dft"  # most runtimes have no FFT, or a slow one
