@@ -138,9 +138,9 @@ def test_gradient_of_one_parameter_alone(only: int) -> None:
 
 def test_operators_pass_torchs_own_checks() -> None:
     weight, skip, norm = (tensor.detach() for tensor in parameters((2, 3, 3, 7)))
-    options = (28, [0.5, 0.5], None)
+    options = (28, 0.5, 0.25, None)
     torch.library.opcheck(triton_kernel._taps, (weight, skip, norm, *options))
-    torch.library.opcheck(triton_kernel._parameters, (torch.randn(3, 55, device=DEVICE), norm, weight.shape, *options))
+    torch.library.opcheck(triton_kernel._parameters, (torch.randn(3, 55, device=DEVICE), norm, 3, 7, *options))
 
 
 def test_torchs_operators_make_the_taps_where_triton_cannot() -> None:

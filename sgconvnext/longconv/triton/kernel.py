@@ -5,7 +5,6 @@ backward, each of which is shorter than its launch. Sums have the same bits in e
 interpolation on CUDA.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,44 +51,56 @@ def multiscale_taps(
     Returns:
         (C, 2L-1) for two directions, (C, L) for one, in float32.
     """
-    made: Tensor = _Taps.apply(weight, skip, norm, length, alpha, exponent)
+    made: Tensor = _Taps.apply(weight, skip, norm, length, *alpha, exponent)
     return made
 
 
-def _constants(alpha: Sequence[float], exponent: float | None) -> dict[str, Any]:
-    return {"INVERSE_FIRST": 1 / alpha[0], "INVERSE_LAST": 1 / alpha[1], "EXPONENT": exponent}
+def _constants(first_alpha: float, last_alpha: float, exponent: float | None) -> dict[str, Any]:
+    return {"INVERSE_FIRST": 1 / first_alpha, "INVERSE_LAST": 1 / last_alpha, "EXPONENT": exponent}
 
 
 def _like_taps(
-    weight: Tensor, skip: Tensor, norm: Tensor, length: int, alpha: Sequence[float], exponent: float | None
+    weight: Tensor, skip: Tensor, norm: Tensor, length: int, first_alpha: float, last_alpha: float, exponent: Any
 ) -> Tensor:
-    directions, _, channels, _ = weight.shape
-    return weight.new_empty((channels, directions * (length - 1) + 1), dtype=torch.float32)
+    num_directions, num_channels = weight.shape[0], weight.shape[2]
+    return weight.new_empty((num_channels, num_directions * (length - 1) + 1), dtype=torch.float32)
 
 
 @operator("multiscale_taps", fake=_like_taps)
 def _taps(
-    weight: Tensor, skip: Tensor, norm: Tensor, length: int, alpha: Sequence[float], exponent: float | None
+    weight: Tensor,
+    skip: Tensor,
+    norm: Tensor,
+    length: int,
+    first_alpha: float,
+    last_alpha: float,
+    exponent: float | None,
 ) -> Tensor:
     from . import kernel_programs
 
-    return kernel_programs.taps(weight, skip, norm, length, _constants(alpha, exponent))
+    return kernel_programs.taps(weight, skip, norm, length, _constants(first_alpha, last_alpha, exponent))
 
 
-def _like_parameters(
-    dtaps: Tensor, norm: Tensor, shape: Sequence[int], length: int, alpha: Sequence[float], exponent: float | None
-) -> Tensor:
-    return dtaps.new_empty(shape)
+def _like_parameters(dtaps: Tensor, norm: Tensor, num_scales: int, scale_dim: int, *_: Any) -> Tensor:
+    return dtaps.new_empty((norm.shape[0], num_scales, norm.shape[1], scale_dim))
 
 
 @operator("multiscale_taps_backward", fake=_like_parameters)
 def _parameters(
-    dtaps: Tensor, norm: Tensor, shape: Sequence[int], length: int, alpha: Sequence[float], exponent: float | None
+    dtaps: Tensor,
+    norm: Tensor,
+    num_scales: int,
+    scale_dim: int,
+    length: int,
+    first_alpha: float,
+    last_alpha: float,
+    exponent: float | None,
 ) -> Tensor:
     """The adjoint in the weight, in float32."""
     from . import kernel_programs
 
-    return kernel_programs.parameters(dtaps, norm, tuple(shape), length, _constants(alpha, exponent))
+    shape = norm.shape[0], num_scales, norm.shape[1], scale_dim
+    return kernel_programs.parameters(dtaps, norm, shape, length, _constants(first_alpha, last_alpha, exponent))
 
 
 # No *options in these: where nothing needs a gradient, torch's compiler leaves ctx out of a forward that has them.
@@ -105,13 +116,14 @@ class _Taps(Function):
         skip: Tensor,
         norm: Tensor,
         length: int,
-        alpha: tuple[float, float],
+        first_alpha: float,
+        last_alpha: float,
         exponent: float | None,
     ) -> Tensor:
         ctx.save_for_backward(norm)
         ctx.shape, ctx.dtypes = weight.shape, (weight.dtype, skip.dtype)
-        ctx.options = length, alpha, exponent
-        made: Tensor = _taps(weight, skip, norm, length, alpha, exponent)
+        ctx.options = length, first_alpha, last_alpha, exponent
+        made: Tensor = _taps(weight, skip, norm, length, first_alpha, last_alpha, exponent)
         return made
 
     @staticmethod
@@ -121,11 +133,11 @@ class _Taps(Function):
         if ctx.needs_input_grad[0]:
             again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
             adjoint = _Parameters.apply if again else _parameters
-            dweight = adjoint(dtaps, norm, ctx.shape, *ctx.options).to(ctx.dtypes[0])
+            dweight = adjoint(dtaps, norm, ctx.shape[1], ctx.shape[3], *ctx.options).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             lag_0 = 0 if ctx.shape[0] == 1 else ctx.options[0] - 1
             dskip = dtaps[:, lag_0].to(ctx.dtypes[1])
-        return dweight, dskip, None, None, None, None
+        return dweight, dskip, None, None, None, None, None
 
 
 class _Parameters(Function):
@@ -136,18 +148,20 @@ class _Parameters(Function):
         ctx: Any,
         dtaps: Tensor,
         norm: Tensor,
-        shape: torch.Size,
+        num_scales: int,
+        scale_dim: int,
         length: int,
-        alpha: tuple[float, float],
+        first_alpha: float,
+        last_alpha: float,
         exponent: float | None,
     ) -> Tensor:
         ctx.save_for_backward(norm)
-        ctx.options = length, alpha, exponent
-        dweight: Tensor = _parameters(dtaps, norm, shape, length, alpha, exponent)
+        ctx.options = options = length, first_alpha, last_alpha, exponent
+        dweight: Tensor = _parameters(dtaps, norm, num_scales, scale_dim, *options)
         return dweight
 
     @staticmethod
     def backward(ctx: Any, ddweight: Tensor) -> tuple[Tensor | None, ...]:
         (norm,) = ctx.saved_tensors
         nothing = ddweight.new_zeros(ddweight.shape[2])
-        return _Taps.apply(ddweight, nothing, norm, *ctx.options), None, None, None, None, None
+        return _Taps.apply(ddweight, nothing, norm, *ctx.options), *[None] * 7

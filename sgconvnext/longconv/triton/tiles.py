@@ -26,8 +26,8 @@ class Tile(NamedTuple):
 
 
 # (largest batch, largest length, tile): the first that fits is taken. Timed on an H200 in bfloat16 at batch 8, 32, 128
-# and 256, on the maps of tiny at 224 px; ``python -m sgconvnext.profile tiles`` does it again. Each compiles for sm_90 to
-# tensor-core instructions and wide loads: tests/end_to_end/test_triton_compile.py.
+# and 256, on the maps of tiny at 224 px; ``python -m sgconvnext.profile tiles`` does it again.
+# tests/end_to_end/test_triton_compile.py checks what each compiles to for sm_90.
 CONV_TILES = (  # images x outputs, inputs in a step
     (32, 64, Tile(32, 64, 64, 4, 2)),  # up to 32 images the taps are most of what is read: read them once
     (32, ANY, Tile(32, 128, 64, 4, 3)),
