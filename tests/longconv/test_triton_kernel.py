@@ -170,6 +170,7 @@ def test_layer_has_the_same_taps_by_both(options: KernelOptions, monkeypatch: py
     assert not torch.equal(got, torch.zeros_like(got))
 
 
+@pytest.mark.end_to_end
 @pytest.mark.usefixtures("everywhere")
 def test_network_compiles_with_the_program_in_one_graph() -> None:
     torch.use_deterministic_algorithms(False)  # the compiler would fill memory that the CPU's interpreter then reads

@@ -13,14 +13,14 @@ from torch.autograd import Function
 
 from ..context import is_in_forward_mode, is_recorded, is_transformed
 from .operator import operator
-from .toeplitz import is_installed
+from .toeplitz import is_usable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def takes(*parameters: Tensor) -> bool:
     """Whether `multiscale_taps` can be used here and now: on CUDA, and no transform or tracer is at work."""
-    if not all(p.device.type == "cuda" and p.dtype in DTYPES for p in parameters) or not is_installed():
+    if not all(p.device.type == "cuda" and p.dtype in DTYPES for p in parameters) or not is_usable():
         return False
     if torch.compiler.is_compiling():
         return not is_recorded()
