@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import derivatives, dft, fft, reference, toeplitz
+from . import compiled, derivatives, dft, fft, reference, toeplitz
 from .backend import Backend
 from .choice import choose_backend
 from .context import is_recorded
@@ -75,12 +75,15 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
             f"taps are {tuple(taps.shape)}; x {tuple(x.shape)} needs ({channels}, {2 * length - 1}), or "
             f"({channels}, {length}) for a causal convolution"
         )
-    chosen = BACKENDS[choose_backend(x, backend)]
+    backend = choose_backend(x, backend)
+    chosen = BACKENDS[backend]
     if reason := chosen.refusal(x):
         raise ValueError(reason)
     x = chosen.prepare(x)
     if chosen.plain and (chosen.operations is None or is_recorded()):
         return chosen.plain(x, taps)
+    if torch.compiler.is_compiling():
+        chosen = compiled.BACKENDS.get(backend, chosen)
     return derivatives.long_conv(x, taps, chosen)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .operator import operator
+from ..operator import operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SPOKEN = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..context import is_in_forward_mode, is_recorded, is_transformed
-from .operator import operator
+from ..operator import operator
 from .toeplitz import is_usable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import Backend, Operations
+from ..operator import operator
 from ..precision import product_dtype
-from .operator import operator
 from .tiles import conv_macs, conv_tile, dtaps_macs, dtaps_tile
 
 
