@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..longconv import check_backend
-from ..longconv.triton import kernel as triton_kernel
+from . import taps as taps_operator
 from .kept import forget
 from .kernel import (
     DECAYS,
@@ -142,15 +142,15 @@ class KernelGenerator(nn.Module):
             return self.taps
         else:  # noqa: RET505  TorchScript compiles what follows an if, but not the other branch of one that is settled
             if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out an if, but no half of a condition
-                if triton_kernel.takes(self.weight, self.skip, self.kernel_norm):
-                    return self._taps_by_triton()
+                if taps_operator.takes(self.weight, self.skip, self.kernel_norm):
+                    return self._taps_at_once()
             return lag_taps(self.kernel(), self.skip)
 
     @torch.jit.unused
-    def _taps_by_triton(self) -> Tensor:
+    def _taps_at_once(self) -> Tensor:
         options = self.options
         exponent = options.exponent if options.decay == "position" else None
-        return triton_kernel.multiscale_taps(
+        return taps_operator.multiscale_taps(
             self.weight, self.skip, self.kernel_norm, self.length, options.alpha, exponent
         )
 

@@ -1,8 +1,8 @@
-"""The taps of a multi-scale kernel, made of its parameters by one Triton program, and their gradients by another.
+"""The taps of a multi-scale kernel as one operator of its parameters, and their gradients as another.
 
-What `sgconvnext.models.kernel` defines in torch's operators takes a GPU some thirty programs a layer forward and sixty
+On CUDA each is one Triton program. As `kernel` defines them they are some thirty programs a layer forward and sixty
 backward, each of which is shorter than its launch. Sums have the same bits in every run, unlike those of torch's
-interpolation on CUDA.
+interpolation on CUDA. To a compiler they are one operator on every device: the small steps would take it minutes.
 """
 
 from typing import Any
@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..context import is_in_forward_mode, is_recorded, is_transformed
-from ..operator import operator
-from .toeplitz import is_usable
+from ..longconv.context import is_compiled_transform, is_in_forward_mode, is_recorded, is_transformed
+from ..longconv.operator import operator
+from ..longconv.triton.toeplitz import is_usable
+from .kernel import KERNEL_DEFAULTS, KernelOptions, lag_taps, multiscale_adjoint, multiscale_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def takes(*parameters: Tensor) -> bool:
-    """Whether `multiscale_taps` can be used here and now: on CUDA, and no transform or tracer is at work."""
-    if not all(p.device.type == "cuda" and p.dtype in DTYPES for p in parameters) or not is_usable():
+    """Whether `multiscale_taps` is to be used: compiled, or on CUDA, and no transform or tracer is at work."""
+    if is_recorded() or not all(p.dtype in DTYPES for p in parameters):
         return False
     if torch.compiler.is_compiling():
-        return not is_recorded()
-    plain = all(type(p) in (Tensor, torch.nn.Parameter) for p in parameters)
-    return plain and not (is_recorded() or is_transformed() or is_in_forward_mode())
+        return not is_compiled_transform()
+    plain = all(type(p) in (Tensor, torch.nn.Parameter) and p.is_cuda for p in parameters)
+    return plain and is_usable() and not is_transformed() and not is_in_forward_mode()
 
 
 def multiscale_taps(
@@ -36,7 +37,7 @@ def multiscale_taps(
     alpha: tuple[float, float],
     exponent: float | None,
 ) -> Tensor:
-    """K by lag of Eq. 1: `lag_taps(multiscale_kernel(weight, ...) / norm, skip)` of `sgconvnext.models.kernel`.
+    """K by lag of Eq. 1: `lag_taps(multiscale_kernel(weight, ...) / norm, skip)` of `kernel`.
 
     Differentiable in weight and skip, to any order.
 
@@ -55,8 +56,13 @@ def multiscale_taps(
     return made
 
 
-def _constants(first_alpha: float, last_alpha: float, exponent: float | None) -> dict[str, Any]:
-    return {"INVERSE_FIRST": 1 / first_alpha, "INVERSE_LAST": 1 / last_alpha, "EXPONENT": exponent}
+def _options(first_alpha: float, last_alpha: float, exponent: float | None) -> KernelOptions:
+    decay = "scale" if exponent is None else "position"
+    return KernelOptions(decay, (first_alpha, last_alpha), exponent or 0.0, KERNEL_DEFAULTS["init"])
+
+
+def _runs_triton(x: Tensor) -> bool:
+    return x.is_cuda and is_usable()
 
 
 def _like_taps(
@@ -76,9 +82,12 @@ def _taps(
     last_alpha: float,
     exponent: float | None,
 ) -> Tensor:
-    from . import kernel_programs
+    if _runs_triton(weight):
+        from ..longconv.triton import kernel_programs
 
-    return kernel_programs.taps(weight, skip, norm, length, _constants(first_alpha, last_alpha, exponent))
+        return kernel_programs.taps(weight, skip, norm, length, (first_alpha, last_alpha), exponent)
+    kernel = multiscale_kernel(weight.float(), length, _options(first_alpha, last_alpha, exponent))
+    return lag_taps(kernel / norm.float(), skip.float()).contiguous()
 
 
 def _like_parameters(dtaps: Tensor, norm: Tensor, num_scales: int, scale_dim: int, *_: Any) -> Tensor:
@@ -97,10 +106,13 @@ def _parameters(
     exponent: float | None,
 ) -> Tensor:
     """The adjoint in the weight, in float32."""
-    from . import kernel_programs
-
     shape = norm.shape[0], num_scales, norm.shape[1], scale_dim
-    return kernel_programs.parameters(dtaps, norm, shape, length, _constants(first_alpha, last_alpha, exponent))
+    if _runs_triton(dtaps):
+        from ..longconv.triton import kernel_programs
+
+        return kernel_programs.parameters(dtaps, norm, shape, length, (first_alpha, last_alpha), exponent)
+    options = _options(first_alpha, last_alpha, exponent)
+    return multiscale_adjoint(dtaps, norm.float(), num_scales, scale_dim, options).contiguous()
 
 
 # No *options in these: where nothing needs a gradient, torch's compiler leaves ctx out of a forward that has them.
