@@ -169,10 +169,8 @@ class KernelGenerator(nn.Module):
             self.eval()
 
     def train(self, mode: bool = True) -> Any:
-        """As of any module; a reparameterized layer refuses to train."""
-        if mode:
-            self.refuse_reparameterized("train")
-        return super().train(mode)
+        """As of any module; a reparameterized layer has nothing to train, and stays in evaluation mode."""
+        return super().train(mode and self.taps is None)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         forget(self)  # of another device or dtype it would only take memory
