@@ -144,8 +144,8 @@ class SGConvNeXt(nn.Module):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialise every parameter and buffer anew, also after `to_empty` on the meta device."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear) and not name.endswith(".gate.linear"):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
