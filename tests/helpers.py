@@ -126,8 +126,8 @@ def random_gates(model: Any) -> Any:
     """The model with weights in its gates that are not 0, as they are at first."""
     for module in model.modules():
         if isinstance(module, Gate):
-            nn.init.normal_(module.weight, std=0.3)
-            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.linear.weight, std=0.3)
+            nn.init.normal_(module.linear.bias, std=0.3)
     return model
 
 

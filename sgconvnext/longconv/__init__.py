@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import derivatives, dft, fft, reference, toeplitz
+from . import compiled, derivatives, dft, fft, reference, toeplitz
 from .backend import Backend
 from .choice import choose_backend
 from .context import is_recorded
@@ -57,11 +57,12 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
         taps: K (C, 2L-1) for the lags -(L-1) .. L-1, or (C, L) for the lags 0 .. L-1 (causal).
         backend: "auto", "fft" (O(L log L), float32 inside), "toeplitz" (matrix product in the dtype of x, O(L^2)),
             "dft" (matrix products in the dtype of x, O(L^1.5)), "triton" (Toeplitz products on a GPU's tensor cores,
-            bfloat16 or float16, O(L^2)) or "reference" (the definition, float64, O(L^2)). "auto" never chooses
-            "triton", and "dft" only in an export to ONNX by tracing: both are for GPUs and not timed there yet.
+            bfloat16 or float16, O(L^2)) or "reference" (the definition, float64, O(L^2)). "auto" is the fastest that
+            was measured, see `choose_backend`.
 
     Returns:
-        y (B, C, L) in the dtype of x; by "dft" and "triton" under autocast in that of autocast, as from a convolution.
+        y (B, C, L) in the dtype of x; by "dft" and "triton", so by "auto" on some GPUs, under autocast in that of
+        autocast, as from a convolution.
 
     Raises:
         ValueError: unknown backend, x not (B, C, L) in floating point, or taps of another shape; "triton" without
@@ -77,12 +78,15 @@ def long_conv(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
             f"taps are {tuple(taps.shape)}; x {tuple(x.shape)} needs ({channels}, {2 * length - 1}), or "
             f"({channels}, {length}) for a causal convolution"
         )
-    chosen = BACKENDS[choose_backend(x, backend)]
+    backend = choose_backend(x, backend)
+    chosen = BACKENDS[backend]
     if reason := chosen.refusal(x):
         raise ValueError(reason)
     x = chosen.prepare(x)
     if chosen.plain and (chosen.operations is None or is_recorded()):
         return chosen.plain(x, taps)
+    if torch.compiler.is_compiling():
+        chosen = compiled.BACKENDS.get(backend, chosen)
     return derivatives.long_conv(x, taps, chosen)
 
 

@@ -1,5 +1,6 @@
 """Which backend is the fastest, as measured: ``python -m sgconvnext.profile ops`` measures it again."""
 
+import torch
 from torch import Tensor
 
 from .context import is_open, is_recorded, is_traced_to_onnx
@@ -31,8 +32,8 @@ def choose_backend(x: Tensor, backend: str = "auto", length: int | None = None, 
 
     Returns:
         The name. In an export that leaves L open, "auto" is "dft". In an export to ONNX by tracing, which has no FFT,
-        it is "toeplitz" or "dft", whichever has fewer products. On CUDA in half precision, by autocast too, it is
-        "triton" up to `TRITON` samples, except in exports. Elsewhere it is "toeplitz" or "fft".
+        it is "toeplitz" or "dft", whichever has fewer products. On an H100 or H200 in half precision, by autocast too,
+        it is "triton" up to `TRITON` samples, except in exports. Elsewhere it is "toeplitz" or "fft".
     """
     if backend != "auto":
         return backend
@@ -42,10 +43,16 @@ def choose_backend(x: Tensor, backend: str = "auto", length: int | None = None, 
     if is_traced_to_onnx():
         return "toeplitz" if length <= 64 else "dft"
     # in this order: a comparison of a symbolic length is a bound for torch.export
-    compiled = x.device.type == "cuda" and one_length and not is_recorded()
+    compiled = x.device.type == "cuda" and one_length and not is_recorded() and _is_timed(x.device.index)
     if compiled and triton_toeplitz.refusal(x) is None and length <= TRITON:
         return "triton"
     for device, images, float_length, half_length in TOEPLITZ:
         if x.device.type == device and (images is None or x.shape[0] <= images):
             return "toeplitz" if length <= (half_length if x.itemsize < 4 else float_length) else "fft"
     return "fft"
+
+
+@torch.compiler.assume_constant_result
+def _is_timed(index: int) -> bool:
+    """Whether Triton's programs have been timed on GPUs of this kind: NVIDIA's Hopper. Others may lack the memory."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9

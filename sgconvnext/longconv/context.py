@@ -16,8 +16,9 @@ def is_recorded() -> bool:
 
 
 def _is_exporting() -> bool:
-    asked = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 lacks it, and runs what it compiles
-    return asked is not None and asked()
+    # not torch.compiler.is_exporting(), which some versions (2.11) compile to True; torch 2.6 has neither, and runs
+    # what it compiles
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def is_open(size: Sequence[int]) -> bool:

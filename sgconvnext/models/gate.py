@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,20 +22,19 @@ class Gate(nn.Module):
 
     def __init__(self, channels: int, eps: float = 1e-6, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, channels, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.linear = nn.Linear(channels, channels, device=device, dtype=dtype)  # a module that LoRA and others know
         self.eps = eps
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """W = 0 and b = 0."""
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
     def normed(self, x: Tensor) -> Tensor:
         """LN(x)."""
-        return F.layer_norm(x, self.bias.shape, eps=self.eps)
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """The gated y."""
-        return y * (1 + F.linear(self.normed(x), self.weight, self.bias))
+        return y * (1 + self.linear(self.normed(x)))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..longconv import check_backend
-from ..longconv.triton import kernel as triton_kernel
+from . import taps as taps_operator
 from .kept import forget
 from .kernel import (
     DECAYS,
@@ -142,15 +142,15 @@ class KernelGenerator(nn.Module):
             return self.taps
         else:  # noqa: RET505  TorchScript compiles what follows an if, but not the other branch of one that is settled
             if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out an if, but no half of a condition
-                if triton_kernel.takes(self.weight, self.skip, self.kernel_norm):
-                    return self._taps_by_triton()
+                if taps_operator.takes(self.weight, self.skip, self.kernel_norm):
+                    return self._taps_at_once()
             return lag_taps(self.kernel(), self.skip)
 
     @torch.jit.unused
-    def _taps_by_triton(self) -> Tensor:
+    def _taps_at_once(self) -> Tensor:
         options = self.options
         exponent = options.exponent if options.decay == "position" else None
-        return triton_kernel.multiscale_taps(
+        return taps_operator.multiscale_taps(
             self.weight, self.skip, self.kernel_norm, self.length, options.alpha, exponent
         )
 
@@ -169,10 +169,8 @@ class KernelGenerator(nn.Module):
             self.eval()
 
     def train(self, mode: bool = True) -> Any:
-        """As of any module; a reparameterized layer refuses to train."""
-        if mode:
-            self.refuse_reparameterized("train")
-        return super().train(mode)
+        """As of any module; a reparameterized layer has nothing to train, and stays in evaluation mode."""
+        return super().train(mode and self.taps is None)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         forget(self)  # of another device or dtype it would only take memory

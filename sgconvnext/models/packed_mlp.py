@@ -46,7 +46,8 @@ def packed(block: Any) -> PackedMlp | None:
     but two Linears with biases and a GELU. What is kept is then freed.
     """
     mlp, gamma, gate = block.mlp, block.gamma, block.gate
-    if _is_known(mlp) and torch.backends.mkldnn.enabled:
+    known = _is_known(mlp) and (gate is None or type(gate.linear) is nn.Linear)
+    if known and torch.backends.mkldnn.enabled:
         weights = {
             "hidden": mlp.fc1.weight,
             "hidden_bias": mlp.fc1.bias,
@@ -56,7 +57,7 @@ def packed(block: Any) -> PackedMlp | None:
         if gamma is not None:
             weights["gamma"] = gamma
         if gate is not None:
-            weights |= {"gate": gate.weight, "gate_bias": gate.bias}
+            weights |= {"gate": gate.linear.weight, "gate_bias": gate.linear.bias}
         if all(map(_is_plain, weights.values())) and _works():
             return kept(block, None, list(weights.values()), lambda: _pack(**weights))
     forget(block)

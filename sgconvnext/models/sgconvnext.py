@@ -144,8 +144,8 @@ class SGConvNeXt(nn.Module):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialise every parameter and buffer anew, also after `to_empty` on the meta device."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear) and not name.endswith(".gate.linear"):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -169,12 +169,22 @@ class SGConvNeXt(nn.Module):
             stage.grad_checkpointing = enable
 
     def train(self, mode: bool = True) -> Any:
-        """As of any module; if a layer is reparameterized, refuse before any is changed."""
-        if mode:
-            for module in self.modules():
-                if isinstance(module, SGConv2d):
-                    module.refuse_reparameterized("train")
-        return super().train(mode)
+        """As of any module; but a reparameterized network trains no more. Frozen, it stays in evaluation mode.
+
+        So it can be the teacher, or a frozen part, of a module that is trained and calls ``train`` of all its parts.
+
+        Raises:
+            ValueError: it is reparameterized, and one of its parameters requires a gradient. Nothing is changed then.
+        """
+        layers = [module for module in self.modules() if isinstance(module, SGConv2d)]
+        if not mode or all(layer.taps is None for layer in layers):
+            return super().train(mode)
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError(
+                f"this {type(self).__name__} is reparameterized; its kernels cannot train; build the model anew and "
+                "load the trained weights, or freeze this one with requires_grad_(False)"
+            )
+        return super().train(False)
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""What one call of SGConv or SGConv2d costs, and hooks that tell the counters of thop and ptflops, also of gates."""
+"""What one call of SGConv or SGConv2d costs, and hooks that tell the counters of thop and ptflops."""
 
 import math
 from typing import Any, NamedTuple
@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..longconv import BACKENDS, choose_backend, cost
-from ..models.gate import Gate
 from ..models.layer import SGConv, SGConv2d
 
 
@@ -46,13 +45,8 @@ def interpolated_taps(layer: SGConv | SGConv2d) -> int:
     return directions * channels * sum(size for size in sizes if size < layer.length)
 
 
-def _macs(layer: SGConv | SGConv2d | Gate, output: Any) -> int:
-    """MACs of a call, counted as the paper's algorithm, as `sgconvnext.profile.flops` does, and of making the taps.
-
-    Of a gate those of its product: both counters know the modules of torch, and Gate has none.
-    """
-    if isinstance(layer, Gate):
-        return int(output.numel()) * layer.weight.shape[1]
+def _macs(layer: SGConv | SGConv2d, output: Any) -> int:
+    """MACs of a call, counted as the paper's algorithm, as `sgconvnext.profile.flops` does, and of making the taps."""
     call = layer_cost(layer, output)
     return round(call.kernel + call.algorithm)
 
@@ -66,6 +60,6 @@ def _tell_ptflops(layer: Any, _: Any, output: Any) -> None:
 
 
 # thop.profile(model, (images,), custom_ops=THOP)
-THOP = dict.fromkeys((SGConv, SGConv2d, Gate), _tell_thop)
+THOP = dict.fromkeys((SGConv, SGConv2d), _tell_thop)
 # ptflops.get_model_complexity_info(model, (3, 224, 224), custom_modules_hooks=PTFLOPS)
-PTFLOPS = dict.fromkeys((SGConv, SGConv2d, Gate), _tell_ptflops)
+PTFLOPS = dict.fromkeys((SGConv, SGConv2d), _tell_ptflops)

@@ -382,7 +382,7 @@ def test_way_back_is_open_while_the_gates_are_closed() -> None:
     for part in ("weight", "bias"):
         opened = copy.deepcopy(model)
         with torch.no_grad():
-            getattr(opened.stages[2].blocks[1].gate, part).flatten()[3] = 1e-3
+            getattr(opened.stages[2].blocks[1].gate.linear, part).flatten()[3] = 1e-3
         with refused("sgconvnext_atto_gap3.d2_in1k has gates, which a ConvNeXt would lose; keep the SGConvNeXt"):
             conversion.to_convnext(opened)
 

@@ -45,7 +45,7 @@ def test_gate_computes_its_formula(shape: tuple[int, ...]) -> None:
         place = tuple(token)
         centred = x[place] - x[place].sum() / 5
         normed = centred / (centred.square().sum() / 5 + 0.125).sqrt()
-        factor = 1 + gate.bias[channel] + sum(gate.weight[channel, c] * normed[c] for c in range(5))
+        factor = 1 + gate.linear.bias[channel] + sum(gate.linear.weight[channel, c] * normed[c] for c in range(5))
         want[(*place, channel)] = y[(*place, channel)] * factor
     assert relative_error(gate(y, x), want) <= 1e-12
 
@@ -64,7 +64,7 @@ def test_gate_has_the_gradients_of_its_formula() -> None:
     inputs = [*torch.randn(2, 4, 3, dtype=torch.float64), *gate.parameters()]
 
     def function(y: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
-        state = dict(zip(("weight", "bias"), parameters, strict=True))
+        state = dict(zip(("linear.weight", "linear.bias"), parameters, strict=True))
         result: Tensor = torch.func.functional_call(gate, state, (y, x))
         return result
 
@@ -78,8 +78,8 @@ def test_gate_of_zeros_learns() -> None:
     gate, (y, x), dy = Gate(3, dtype=torch.float64), torch.randn(2, 4, 3).double(), torch.randn(4, 3).double()
     gate(y, x).backward(dy)
     normed = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-6).sqrt()
-    assert relative_error(gate.weight.grad, torch.einsum("to,ti->oi", dy * y, normed)) <= 1e-9
-    assert relative_error(gate.bias.grad, (dy * y).sum(0)) <= 1e-9
+    assert relative_error(gate.linear.weight.grad, torch.einsum("to,ti->oi", dy * y, normed)) <= 1e-9
+    assert relative_error(gate.linear.bias.grad, (dy * y).sum(0)) <= 1e-9
 
 
 # In the block
@@ -91,7 +91,7 @@ def test_gated_block_computes_its_formula(ls_init_value: float | None) -> None:
     x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
     tokens, y = x.movedim(1, -1), block.sgconv(x).movedim(1, -1)
     normed = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, False, keepdim=True) + 1e-3).sqrt()
-    y = y * (1 + torch.einsum("bhwi,oi->bhwo", normed, block.gate.weight) + block.gate.bias)
+    y = y * (1 + torch.einsum("bhwi,oi->bhwo", normed, block.gate.linear.weight) + block.gate.linear.bias)
     y = (ls_init_value or 1.0) * block.mlp(block.norm(y)).movedim(-1, 1)
     assert block.mlp.fc1.weight.shape == (21, 6)
     assert relative_error(block(x) - x, y) <= 1e-9
@@ -144,8 +144,8 @@ def test_every_gate_changes_the_logits() -> None:
 def test_weights_after_the_meta_device_are_those_of_a_new_network() -> None:
     model = small_model(device="meta", **GATED).to_empty(device="cpu")
     for gate in gates(model):
-        nn.init.constant_(gate.weight, float("nan"))
-        nn.init.constant_(gate.bias, float("nan"))
+        nn.init.constant_(gate.linear.weight, float("nan"))
+        nn.init.constant_(gate.linear.bias, float("nan"))
     model.init_weights()
     assert len(gates(model)) == 4
     assert not any(parameter.any() for gate in gates(model) for parameter in gate.parameters())
@@ -153,7 +153,7 @@ def test_weights_after_the_meta_device_are_those_of_a_new_network() -> None:
 
 def test_options_of_a_place_reach_the_gate() -> None:
     model = small_model(dtype=torch.float64, norm_eps=0.125, **GATED)
-    assert {gate.weight.dtype for gate in gates(model)} == {torch.float64}
+    assert {gate.linear.weight.dtype for gate in gates(model)} == {torch.float64}
     assert {gate.eps for gate in gates(model)} == {0.125}
 
 
@@ -202,18 +202,18 @@ def test_copies_and_other_layouts_give_the_same() -> None:
 def test_average_of_the_weights_follows_the_gates() -> None:
     model = gated_model()
     average = ModelEmaV3(model, decay=0.5)
-    before = gates(model)[0].weight.clone()
-    nn.init.zeros_(gates(model)[0].weight)
+    before = gates(model)[0].linear.weight.clone()
+    nn.init.zeros_(gates(model)[0].linear.weight)
     average.update(model)
-    assert relative_error(gates(average.module)[0].weight, before / 2) <= 1e-6
+    assert relative_error(gates(average.module)[0].linear.weight, before / 2) <= 1e-6
 
 
 def test_gates_stay_when_the_input_size_changes() -> None:
     model = gated_model()
-    before = [gate.weight.clone() for gate in gates(model)]
+    before = [gate.linear.weight.clone() for gate in gates(model)]
     model.set_input_size((96, 64))
     assert mixers(model)[0].input_size == (24, 16)
-    assert all(torch.equal(gate.weight, want) for gate, want in zip(gates(model), before, strict=True))
+    assert all(torch.equal(gate.linear.weight, want) for gate, want in zip(gates(model), before, strict=True))
     assert model(images(96, 64)).isfinite().all()
 
 

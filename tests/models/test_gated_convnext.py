@@ -59,7 +59,7 @@ def test_gate_works_on_what_the_7x7_sees() -> None:
     x, gate = torch.randn(2, 16, 5, 4, dtype=torch.float64), block.conv_dw.gate
     y = torch.conv2d(x, block.conv_dw.conv.weight, block.conv_dw.conv.bias, padding=3, groups=16)
     normed = (x - x.mean(1, keepdim=True)) / (x.var(1, False, keepdim=True) + 1e-6).sqrt()
-    factor = 1 + torch.einsum("bihw,oi->bohw", normed, gate.weight) + gate.bias[:, None, None]
+    factor = 1 + torch.einsum("bihw,oi->bohw", normed, gate.linear.weight) + gate.linear.bias[:, None, None]
     assert relative_error(block.conv_dw(x), y * factor) <= 1e-9
 
 

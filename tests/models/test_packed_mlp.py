@@ -70,7 +70,7 @@ def test_packed_gate_is_the_gate(images: int, options: dict[str, Any], layout: t
     assert y.shape == x.shape
     if images:
         assert relative_error(y, exact(block, x)) <= 2e-6
-        nn.init.zeros_(block.gate.weight)
+        nn.init.zeros_(block.gate.linear.weight)
         assert relative_error(branch(block, x), y) > 1e-3
 
 
@@ -80,7 +80,7 @@ def test_packed_gate_is_freed_when_training_follows() -> None:
     assert block in _KEPT
     block(x).sum().backward()
     assert block not in _KEPT
-    assert block.gate.weight.grad.any()
+    assert block.gate.linear.weight.grad.any()
 
 
 @pytest.mark.parametrize("images", [2, 0])
@@ -157,18 +157,18 @@ class NegativeGate(Gate):
 
 
 GATE_CHANGES: dict[str, Callable[[Any], object]] = {
-    "weight": lambda b: nn.init.normal_(b.gate.weight),
-    "bias": lambda b: nn.init.normal_(b.gate.bias),
+    "weight": lambda b: nn.init.normal_(b.gate.linear.weight),
+    "bias": lambda b: nn.init.normal_(b.gate.linear.bias),
     "eps": lambda b: setattr(b.gate, "eps", 1.0),
     "closed": lambda b: b.gate.reset_parameters(),
-    "data replaced": lambda b: setattr(b.gate.weight, "data", torch.randn(16, 16)),
-    "parameter replaced": lambda b: setattr(b.gate, "bias", nn.Parameter(torch.randn(16))),
+    "data replaced": lambda b: setattr(b.gate.linear.weight, "data", torch.randn(16, 16)),
+    "parameter replaced": lambda b: setattr(b.gate.linear, "bias", nn.Parameter(torch.randn(16))),
     "loaded": lambda b: b.load_state_dict(fixed_block(**GATED).state_dict()),
     "taken away": lambda b: setattr(b, "gate", None),
     "replaced": lambda b: setattr(b.gate, "__class__", NegativeGate),
     "forward of its own": lambda b: setattr(b.gate, "forward", lambda y, x: y * x),
     "hook": lambda b: b.gate.register_forward_hook(lambda _, __, gated: gated**2),
-    "parametrized": lambda b: parametrize.register_parametrization(b.gate, "weight", nn.Tanh()),
+    "parametrized": lambda b: parametrize.register_parametrization(b.gate.linear, "weight", nn.Tanh()),
 }
 
 

@@ -147,19 +147,45 @@ def test_reparameterized_layer_refuses_what_needs_parameters() -> None:
     module, x = SGConv2d(6, 8), images(2, 6, 8, 8)
     module.reparameterize()
     for refusal, call in {
-        "train": module.train,
         "be initialised": module.reset_parameters,
         "be rebuilt": lambda: module.set_input_size(12),
         "give its kernel": module.kernel,
     }.items():
         with refused("SGConv2d", "reparameterized", refusal, "load the trained weights"):
             call()
-    assert not module.eval().training
+    assert not module.train().training
     assert inferred(module, x).shape == x.shape
+
+
+def test_reparameterized_model_refuses_to_train() -> None:
     model = reparameterize_model(small_model())
-    with refused("reparameterized", "train"):
+    with refused("SGConvNeXt", "reparameterized", "load the trained weights", "requires_grad_(False)"):
         model.train()
     assert not any(module.training for module in model.modules())
+
+
+def test_frozen_reparameterized_model_is_a_teacher_of_what_trains() -> None:
+    class Distillation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = small_model(), reparameterize_model(small_model(drop_path_rate=0.9))
+            self.teacher.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.student(x) - self.teacher(x)).square().mean()
+
+    both, x = Distillation().train(), images(2, 3, 64, 64)
+    assert both.student.training
+    assert not any(module.training for module in both.teacher.modules())
+    assert torch.equal(both.teacher(x), both.teacher(x))
+    optimizer = torch.optim.AdamW([p for p in both.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(5):
+        losses.append(loss := both.train()(x))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("options", [{}, GAP], ids=str)

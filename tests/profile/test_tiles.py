@@ -217,8 +217,8 @@ def test_what_tiles_cannot_measure_is_refused(monkeypatch: pytest.MonkeyPatch, c
         main.main()
     [line] = capsys.readouterr().err.splitlines()
     assert "CUDA device, and none is there" in line
-    monkeypatch.setattr(triton_toeplitz, "_INSTALLED", False)
-    with refused("triton", "not installed"):
+    monkeypatch.setattr(triton_toeplitz, "_PROBLEM", "is too old")
+    with refused("triton", "is too old"):
         tiles.table([(2, 5, 5)], [17], "cpu", Session(1, 1.0))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .operator import operator
+from ..operator import operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SPOKEN = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -46,7 +46,8 @@ def layer_norm_channels_last(
     dtype = x.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}; y can be {_SPOKEN}")
-    y: Tensor = _Norm.apply(x, weight, bias, eps, dtype)
+    norm = (x, weight, bias, eps, dtype)
+    y: Tensor = _norm(*norm)[0] if torch.jit.is_tracing() else _Norm.apply(*norm)  # a trace has no Functions
     return y
 
 
@@ -94,7 +95,8 @@ def residual_and_copy(
         _check_vector("keep", keep, batch, "B")
         if keep.requires_grad:
             raise ValueError("keep requires a gradient, and has none here: pass keep.detach()")
-    sums: tuple[Tensor, Tensor] = _Residual.apply(shortcut, y, gamma, keep, dtype)
+    add = _residual if torch.jit.is_tracing() else _Residual.apply  # a trace has no Functions
+    sums: tuple[Tensor, Tensor] = add(shortcut, y, gamma, keep, dtype)
     return sums
 
 

@@ -1,7 +1,7 @@
 """The GPU programs that make taps of a kernel's parameters, and how they are launched. Imports triton.
 
-`kernel` has what they compute, and imports this module when it is first used. Letters: C channels, L tokens, N scales,
-d taps per scale.
+`sgconvnext.models.taps` has what they compute, and imports this module when it is first used. Letters: C channels, L
+tokens, N scales, d taps per scale.
 """
 
 from typing import Any
@@ -126,23 +126,37 @@ def _parameters(
     tl.store(dweight + row.to(tl.int64) * D + m, total, mask=m < D)
 
 
-def taps(weight: Tensor, skip: Tensor, norm: Tensor, length: int, constants: dict[str, Any]) -> Tensor:
+def taps(
+    weight: Tensor, skip: Tensor, norm: Tensor, length: int, alpha: tuple[float, float], exponent: float | None
+) -> Tensor:
     """(C, 2L-1) or (C, L), by lag."""
     directions, _, channels, _ = weight.shape
     made = weight.new_empty((channels, directions * length - directions + 1), dtype=torch.float32)
     count = channels * ceil_div(made.shape[1], TAPS)
-    _launch(_taps, count, (weight, skip, norm, made), weight.shape, L=length, BLOCK=TAPS, **constants)
+    sizes = {"L": length, "BLOCK": TAPS} | _constants(alpha, exponent)
+    _launch(_taps, count, (weight, skip, norm, made), weight.shape, **sizes)
     return made
 
 
-def parameters(dtaps: Tensor, norm: Tensor, shape: tuple[int, ...], length: int, constants: dict[str, Any]) -> Tensor:
+def parameters(
+    dtaps: Tensor,
+    norm: Tensor,
+    shape: tuple[int, int, int, int],
+    length: int,
+    alpha: tuple[float, float],
+    exponent: float | None,
+) -> Tensor:
     """The gradient of the weight (directions, N, C, d), in float32."""
     dweight = dtaps.new_empty(shape)
     directions, num_scales, channels, scale_dim = shape
     count = directions * num_scales * channels * ceil_div(scale_dim, PARAMETERS)
-    sizes = {"L": length, "BLOCK": PARAMETERS, "STEP": STEP}
-    _launch(_parameters, count, (dtaps, norm, dweight), shape, **sizes, **constants)
+    sizes = {"L": length, "BLOCK": PARAMETERS, "STEP": STEP} | _constants(alpha, exponent)
+    _launch(_parameters, count, (dtaps, norm, dweight), shape, **sizes)
     return dweight
+
+
+def _constants(alpha: tuple[float, float], exponent: float | None) -> dict[str, float | None]:
+    return {"INVERSE_FIRST": 1 / alpha[0], "INVERSE_LAST": 1 / alpha[1], "EXPONENT": exponent}
 
 
 def _launch(program: Any, count: int, operands: tuple[Tensor, ...], shape: tuple[int, ...], **constants: Any) -> None:

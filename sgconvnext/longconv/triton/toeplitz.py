@@ -5,6 +5,7 @@ order. Under autocast x is cast as the input of a convolution is, and y has the 
 number of channels has the programs compiled again, which takes seconds.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 from typing import Any
@@ -14,23 +15,37 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import Backend, Operations
+from ..operator import operator
 from ..precision import product_dtype
-from .operator import operator
 from .tiles import conv_macs, conv_tile, dtaps_macs, dtaps_tile
 
-_INSTALLED = importlib.util.find_spec("triton") is not None  # finding it does not import it
+
+def _find_problem() -> str | None:
+    """What is wrong with the installed triton, and the cure. It is looked up without being imported."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed; install it"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a build of another name
+        return None
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 3):
+        return f"needs triton 3.3 or newer, and {version} is installed; install torch 2.7 or newer"
+    return None
+
+
+_PROBLEM = _find_problem()
 _RUNS_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def is_installed() -> bool:
-    """Whether there is triton."""
-    return _INSTALLED
+def is_usable() -> bool:
+    """Whether there is a triton that these programs run with."""
+    return _PROBLEM is None
 
 
 def refusal(x: Tensor) -> str | None:
     """Why this backend cannot take x here and now, and the cure; None if it can."""
-    if not _INSTALLED:
-        return "backend 'triton' needs the package triton, which is not installed; install it, or use backend='fft'"
+    if _PROBLEM:
+        return f"backend 'triton' {_PROBLEM}, or use backend='fft'"
     if x.device.type != "cuda" and not (_RUNS_ON_CPU and x.device.type == "cpu"):
         return f"backend 'triton' runs on a CUDA device and x is on {x.device}; move it, or use backend='fft'"
     if product_dtype(x) not in (torch.bfloat16, torch.float16):

@@ -1,6 +1,7 @@
-"""Taps made by a Triton program, against their definition in float64: on a GPU if there is one, else interpreted.
+"""Taps made by one operator, against their definition in float64.
 
-Memory that nothing is written to is NaN here.
+It runs torch's operators, or a Triton program: on a GPU if there is one, else interpreted. Memory that nothing is
+written to is NaN here.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,13 +11,14 @@ import pytest
 import torch
 from helpers import relative_error, small_model
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 
 from sgconvnext import SGConv2d
 from sgconvnext.models.kernel import KernelOptions, kernel_options, lag_taps, multiscale_kernel
 
 pytest.importorskip("triton")
-from sgconvnext.longconv.triton import kernel as triton_kernel
 from sgconvnext.longconv.triton import kernel_programs
+from sgconvnext.models import taps as taps_operator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -40,6 +42,18 @@ each_option = pytest.mark.parametrize("options", [kernel_options(**each) for eac
 
 
 @pytest.fixture(autouse=True)
+def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a CPU, where Triton interprets."""
+    monkeypatch.setattr(taps_operator, "_runs_triton", lambda _: True)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def each_way(_triton: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs."""
+    monkeypatch.setattr(taps_operator, "_runs_triton", lambda _: request.param == "triton")
+
+
+@pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     assert torch.ones(2).new_empty(3).isnan().all()
@@ -57,7 +71,7 @@ def parameters(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tu
 
 def by_triton(weight: Tensor, skip: Tensor, norm: Tensor, length: int, options: KernelOptions) -> Tensor:
     exponent = options.exponent if options.decay == "position" else None
-    return triton_kernel.multiscale_taps(weight, skip, norm, length, options.alpha, exponent)
+    return taps_operator.multiscale_taps(weight, skip, norm, length, options.alpha, exponent)
 
 
 def by_definition(weight: Tensor, skip: Tensor, norm: Tensor, length: int, options: KernelOptions) -> Tensor:
@@ -85,6 +99,7 @@ def check(shape: tuple[int, ...], length: int, options: KernelOptions, dtype: to
         assert error <= (2e-6 if name == "taps" else bound), f"{name}: relative error {error:.1e}"
 
 
+@pytest.mark.usefixtures("each_way")
 @each_shape
 @each_option
 def test_taps_and_derivatives_match_the_definition(
@@ -93,6 +108,7 @@ def test_taps_and_derivatives_match_the_definition(
     check(shape, length, options)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_parameters_in_half_precision_make_taps_in_float32(dtype: torch.dtype) -> None:
     check((2, 5, 3, 4), 49, kernel_options(), dtype)
@@ -138,26 +154,29 @@ def test_gradient_of_one_parameter_alone(only: int) -> None:
 
 def test_operators_pass_torchs_own_checks() -> None:
     weight, skip, norm = (tensor.detach() for tensor in parameters((2, 3, 3, 7)))
-    options = (28, [0.5, 0.5], None)
-    torch.library.opcheck(triton_kernel._taps, (weight, skip, norm, *options))
-    torch.library.opcheck(triton_kernel._parameters, (torch.randn(3, 55, device=DEVICE), norm, weight.shape, *options))
+    options = (28, 0.5, 0.25, None)
+    torch.library.opcheck(taps_operator._taps, (weight, skip, norm, *options))
+    torch.library.opcheck(taps_operator._parameters, (torch.randn(3, 55, device=DEVICE), norm, 3, 7, *options))
 
 
-def test_torchs_operators_make_the_taps_where_triton_cannot() -> None:
+def test_the_operator_is_taken_on_a_gpu_and_by_the_compiler() -> None:
     plain = [tensor.detach() for tensor in parameters((2, 3, 3, 7))]
     on_cuda = DEVICE == "cuda"
-    assert triton_kernel.takes(*plain) is on_cuda
-    assert not triton_kernel.takes(*(tensor.cpu() for tensor in plain))
-    assert not triton_kernel.takes(*(tensor.double() for tensor in plain))
+    assert taps_operator.takes(*plain) is on_cuda
+    assert not taps_operator.takes(*(tensor.cpu() for tensor in plain))
+    assert not taps_operator.takes(*(tensor.double() for tensor in plain))
     seen = []
-    torch.func.vmap(lambda x: (seen.append(triton_kernel.takes(x)), x)[1])(plain[0])
+    torch.func.vmap(lambda x: (seen.append(taps_operator.takes(x)), x)[1])(plain[0])
     assert seen == [False]
+    taken = torch.compile(lambda x: x + 1 if taps_operator.takes(x) else x, backend="eager", fullgraph=True)
+    assert taken(torch.zeros(1, device=DEVICE)) == 1
+    assert taken(torch.zeros(1, device=DEVICE, dtype=torch.float64)) == 0
 
 
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers take the program here too, where there is no GPU."""
-    monkeypatch.setattr(triton_kernel, "takes", lambda *_: True)
+    monkeypatch.setattr(taps_operator, "takes", lambda *_: True)
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -165,20 +184,31 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layer_has_the_same_taps_by_both(options: KernelOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = SGConv2d(4, (7, 7), decay=options.decay, alpha=options.alpha, exponent=options.exponent, device=DEVICE)
     got = layer.built_taps()
-    monkeypatch.setattr(triton_kernel, "takes", lambda *_: False)
+    monkeypatch.setattr(taps_operator, "takes", lambda *_: False)
     assert relative_error(got, layer.built_taps()) <= 1e-6
     assert not torch.equal(got, torch.zeros_like(got))
 
 
-@pytest.mark.usefixtures("everywhere")
-def test_network_compiles_with_the_program_in_one_graph() -> None:
-    torch.use_deterministic_algorithms(False)  # the compiler would fill memory that the CPU's interpreter then reads
-    model, x = small_model().to(DEVICE).eval(), torch.randn(2, 3, 64, 64, device=DEVICE)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert relative_error(compiled(x), model(x)) <= 1e-5
-    compiled(x).square().sum().backward()
-    got = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    model(x).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert relative_error(got[name], parameter.grad) <= 1e-4, name
+def test_network_compiles_with_the_operator_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.use_deterministic_algorithms(False)  # the compiler would fill memory that the interpreter then reads
+    monkeypatch.setattr(taps_operator, "_runs_triton", lambda x: x.is_cuda)
+    model, x = small_model().to(DEVICE), torch.randn(2, 3, 64, 64, device=DEVICE)
+    graphs: list[str] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(str(graph.graph))
+        return aot_eager(graph, inputs)
+
+    torch.compiler.reset()
+    found = []
+    for run in (model, torch.compile(model, fullgraph=True, backend=keep)):
+        model.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        found.append([y, *(parameter.grad for parameter in model.parameters())])
+    for got, want in zip(*found, strict=True):
+        assert relative_error(got, want) <= 1e-4
+    with torch.inference_mode():
+        assert relative_error(torch.compile(model, fullgraph=True, backend=keep)(x), found[0][0]) <= 1e-5
+    assert "interpolate" not in "".join(graphs)
+    assert "rfft" not in "".join(graphs)

@@ -11,7 +11,7 @@ import torch
 
 
 def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator that makes torch.ops.sgconvnext.NAME of a function of tensors, on CUDA and on the CPU.
+    """A decorator that makes torch.ops.sgconvnext.NAME of a function of tensors.
 
     The function writes to no argument, and returns tensors of its own. It knows no derivatives.
 
@@ -23,7 +23,7 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     def define(function: Callable[..., Any]) -> Any:
         full_name = f"sgconvnext::{name}"
         torch.library.define(full_name, torch.library.infer_schema(function, mutates_args=()))
-        torch.library.impl(full_name, ("cpu", "cuda"), function)
+        torch.library.impl(full_name, "default", function)
         torch.library.register_fake(full_name, fake)
         return getattr(torch.ops.sgconvnext, name).default
 
