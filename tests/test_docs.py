@@ -30,6 +30,7 @@ README = ROOT / "README.md"
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text() for path in [README, *sorted((ROOT / "docs").glob("*.md"))]
 }
+INTEGRATIONS = ("docs/dense-prediction.md", "docs/integrations.md")  # need libraries of the extra of that name
 NOT_RUN = {"text", "bibtex"}  # "text" holds equations, trees, and commands of older commits
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -63,7 +64,14 @@ def weights_of_the_hub(repository: str, **_: Any) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.integrations if page in INTEGRATIONS else [])
+        for page in PAGES
+        if blocks(page, "python")
+    ],
+)
 def test_python_of_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     told: list[Any] = []  # thop and ptflops stand in for themselves; what they make of the rules is tested elsewhere
