@@ -98,3 +98,18 @@ def stretch(weight: Tensor, scale_dim: int) -> Tensor:
     """Every scale w_i of a weight (directions, N, C, d), interpolated linearly to another number of taps."""
     stretched = F.interpolate(weight.flatten(0, 1), size=scale_dim, mode="linear", align_corners=False)
     return stretched.unflatten(0, weight.shape[:2])
+
+
+def split_phases(x: Tensor, dilation: int) -> Tensor:
+    """(B, C, H, W) to its r x r subsampled maps (r r B, C, ceil(H/r), ceil(W/r)), the last ones filled with zeros."""
+    batch, channels, height, width = x.shape
+    rows, columns = -(-height // dilation), -(-width // dilation)
+    x = F.pad(x, (0, columns * dilation - width, 0, rows * dilation - height))
+    x = x.reshape(batch, channels, rows, dilation, columns, dilation)
+    return x.permute(3, 5, 0, 1, 2, 4).flatten(0, 2)
+
+
+def join_phases(x: Tensor, dilation: int, size: tuple[int, int]) -> Tensor:
+    """The inverse of `split_phases`."""
+    x = x.unflatten(0, (dilation, dilation, -1)).permute(2, 3, 4, 0, 5, 1)
+    return x.flatten(4, 5).flatten(2, 3)[:, :, : size[0], : size[1]]

@@ -16,7 +16,7 @@ from ..longconv import choose_backend, freeze, long_conv, long_conv_of_open_size
 from ..longconv.context import is_open, is_transformed, runs_eagerly_on_cpu
 from ..longconv.fft import plain_long_conv
 from .generator import KernelGenerator
-from .input_size import map_size, resize_taps, scale_dim_with_gap, stretch
+from .input_size import join_phases, map_size, resize_taps, scale_dim_with_gap, split_phases, stretch
 from .kept import kept
 from .kernel import (
     KernelOptions,
@@ -181,21 +181,6 @@ class SGConv(KernelGenerator):
         return length
 
 
-def _split_phases(x: Tensor, dilation: int) -> Tensor:
-    """(B, C, H, W) to its r x r subsampled maps (r r B, C, ceil(H/r), ceil(W/r)), the last ones filled with zeros."""
-    batch, channels, height, width = x.shape
-    rows, columns = -(-height // dilation), -(-width // dilation)
-    x = F.pad(x, (0, columns * dilation - width, 0, rows * dilation - height))
-    x = x.reshape(batch, channels, rows, dilation, columns, dilation)
-    return x.permute(3, 5, 0, 1, 2, 4).flatten(0, 2)
-
-
-def _join_phases(x: Tensor, dilation: int, size: tuple[int, int]) -> Tensor:
-    """The inverse of `_split_phases`."""
-    x = x.unflatten(0, (dilation, dilation, -1)).permute(2, 3, 4, 0, 5, 1)
-    return x.flatten(4, 5).flatten(2, 3)[:, :, : size[0], : size[1]]
-
-
 @register_notrace_module
 class SGConv2d(KernelGenerator):
     """Global depthwise convolution of feature maps: flatten row by row, SGConv, unflatten (section 4.3.2).
@@ -293,7 +278,7 @@ class SGConv2d(KernelGenerator):
             x = _of_one_size(x)
         size = (x.shape[2], x.shape[3])
         if self.dilation > 1:
-            x = _split_phases(x, self.dilation)
+            x = split_phases(x, self.dilation)
         grid = (x.shape[2], x.shape[3])
         if self.row_gap > 0:
             x = F.pad(x, (0, self.row_gap))
@@ -302,7 +287,7 @@ class SGConv2d(KernelGenerator):
             y = y[..., : grid[1]]
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)[:, None, None]
-        return _join_phases(y, self.dilation, size) if self.dilation > 1 else y
+        return join_phases(y, self.dilation, size) if self.dilation > 1 else y
 
     def _convolve_rows(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Maps (B, C, H, W + g) convolved row by row."""
