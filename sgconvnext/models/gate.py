@@ -23,7 +23,7 @@ class Gate(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-6, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.linear = nn.Linear(channels, channels, device=device, dtype=dtype)  # a module that LoRA and others know
-        self.eps = eps
+        self.channels, self.eps = channels, eps
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -33,7 +33,7 @@ class Gate(nn.Module):
 
     def normed(self, x: Tensor) -> Tensor:
         """LN(x)."""
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return F.layer_norm(x, (self.channels,), eps=self.eps)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """The gated y."""
