@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import GAP, GATED, small_model
+from helpers import GAP, GATED, refused, small_model
 
 from sgconvnext import formats
 
@@ -20,7 +20,13 @@ KINDS = [
 def test_file_with_open_sizes_gives_what_the_network_gives(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     model, out = small_model(ls_init_value=0.5, **options), str(tmp_path / f"model{formats.SUFFIXES[kind]}")
     formats.refuse(out, kind, (64, 64), ["batch", "hw"], None)
-    assert formats.write(model, out, kind, size=(64, 64), dynamic=["batch", "hw"]) <= 1e-4
+    if kind == "openvino" and options is GAP:  # its taps differ from torch's at some sizes; at one size they are right
+        with refused("openvino", "differs from PyTorch", "not written"):
+            formats.write(model, out, kind, size=(64, 64), dynamic=["batch", "hw"])
+        assert not Path(out).exists()
+        assert formats.write(model, out, kind, size=(64, 64), dynamic=["batch"]) <= 1e-4
+    else:
+        assert formats.write(model, out, kind, size=(64, 64), dynamic=["batch", "hw"]) <= 1e-4
     assert Path(out).exists()
 
 
