@@ -76,7 +76,7 @@ def write(
     Raises:
         ValueError: the file is wrong; it is not written then.
     """
-    network = reparameterize_model(copy.deepcopy(model).eval())
+    network = reparameterize_model(copy.deepcopy(model).eval(), inplace=True)
     dtype = torch.float16 if half else torch.float32
     channels = getattr(network, "in_chans", 3)
     network = network.to(dtype)

@@ -34,13 +34,10 @@ def fused_forward(block: Any, x: Any) -> Form | None:
     needs a convolution that Triton runs. The forms for a CPU need eager execution, and no transform or tracer at work.
     Packed weights also need inference in float32, after `reparameterize`.
     """
-    if type(block.norm) is not LayerNorm or type(block.mlp) is not Mlp or type(block.gate) not in (Gate, NoneType):
+    if not _is_known(block):
         return None
-    if isinstance(x, Tensor) and type(block.sgconv) is SGConv2d and block.sgconv.backend_for(x) == "triton":
-        transformed = not torch.compiler.is_compiling() and is_transformed()
-        known = type(block.drop_path) in (DropPath, nn.Identity)
-        if known and not transformed and not _is_hooked(block) and BACKENDS["triton"].refusal(x) is None:
-            return triton_form
+    if _runs_triton(block, x):
+        return triton_form
     if not runs_eagerly_on_cpu(x) or x.numel() == 0:
         return None
     infers = not torch.is_grad_enabled() and getattr(block.sgconv, "taps", None) is not None
@@ -57,9 +54,22 @@ def fused_forward(block: Any, x: Any) -> Form | None:
 
 def fused_chain(blocks: nn.Sequential, x: Any) -> Callable[[Any, Tensor], Tensor] | None:
     """The form that may stand in for ``blocks(x)`` now, or None: where `triton_form` may for each, under autocast."""
-    if not isinstance(x, Tensor) or product_dtype(x) == x.dtype or _is_hooked(blocks):
+    if not isinstance(x, Tensor) or product_dtype(x) == x.dtype:
         return None
-    return triton_chain if all(fused_forward(block, x) is triton_form for block in blocks) else None
+    fits = all(_is_known(block) and _runs_triton(block, x) for block in blocks)
+    return triton_chain if fits and not _is_hooked(blocks) else None
+
+
+def _is_known(block: Any) -> bool:
+    return type(block.norm) is LayerNorm and type(block.mlp) is Mlp and type(block.gate) in (Gate, NoneType)
+
+
+def _runs_triton(block: Any, x: Any) -> bool:
+    if not isinstance(x, Tensor) or type(block.sgconv) is not SGConv2d or block.sgconv.backend_for(x) != "triton":
+        return False
+    transformed = not torch.compiler.is_compiling() and is_transformed()
+    known = type(block.drop_path) in (DropPath, nn.Identity)
+    return known and not transformed and not _is_hooked(block) and BACKENDS["triton"].refusal(x) is None
 
 
 def _is_hooked(block: nn.Module) -> bool:
