@@ -60,9 +60,6 @@ def plain_long_conv(x: Tensor, taps: Tensor) -> Tensor:
 def _chunks(x: Tensor) -> Iterator[tuple[slice, list[slice]]]:
     """Slices of the channels, and for each of them slices of the images: the chunks that are transformed at a time."""
     batch, channels, length = x.shape
-    if torch.compiler.is_compiling():  # a graph would repeat its steps for every chunk
-        yield slice(0, channels), [slice(0, batch)]
-        return
     limit = CPU_CHUNK_BYTES if x.device.type == "cpu" else CHUNK_BYTES
     # one signal per thread at least
     signals = max(torch.get_num_threads(), limit // (fft_length(length) * full_precision(x.dtype).itemsize))

@@ -5,10 +5,9 @@ from torch import Tensor
 
 # Bytes of the matrices that exist at a time; one channel may take more. A CPU's caches hold as much: at L = 196 all
 # 384 channels at once took three times as long. On an accelerator as much fills the device, and is little beside a
-# network's activations. A compiled graph repeats its steps for every chunk, so its chunks are larger.
+# network's activations.
 CHUNK_BYTES = {"cpu": 2**23}
 ACCELERATOR_CHUNK_BYTES = 2**27
-COMPILED_CHUNK_BYTES = 2**29
 
 _BMM_TAKES_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype")  # on CUDA, in newer versions than torch 2.6
 
@@ -21,10 +20,7 @@ def channel_chunks(channels: int, channel_bytes: int, device: torch.device) -> l
         channel_bytes: of the matrices of one channel.
         device: where the matrices are.
     """
-    limit = CHUNK_BYTES.get(device.type, ACCELERATOR_CHUNK_BYTES)
-    if torch.compiler.is_compiling():
-        limit = COMPILED_CHUNK_BYTES
-    most = max(1, limit // channel_bytes)
+    most = max(1, CHUNK_BYTES.get(device.type, ACCELERATOR_CHUNK_BYTES) // channel_bytes)
     num_chunks = -(-channels // most)
     size = -(-channels // max(1, num_chunks))
     return [slice(start, min(start + size, channels)) for start in range(0, channels, max(1, size))]
@@ -33,18 +29,15 @@ def channel_chunks(channels: int, channel_bytes: int, device: torch.device) -> l
 def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a b for batches (N, I, J) and (N, J, K) of one dtype, summed in the dtype of ``out`` if that is wider.
 
-    cuBLAS writes into strided views. On a CPU, bmm would multiply one matrix after the other to do so, and Dynamo
-    takes no strided ``out=``: in both cases the product is copied.
+    cuBLAS writes into strided views. On a CPU, bmm would multiply one matrix after the other to do so: there the
+    product is copied.
     """
-    on_gpu, compiling = out.device.type == "cuda", torch.compiler.is_compiling()
+    on_gpu = out.device.type == "cuda"
     if a.dtype != out.dtype and on_gpu and _BMM_TAKES_OUT_DTYPE:
-        if compiling:
-            out.copy_(torch.bmm(a, b, out_dtype=out.dtype))
-        else:
-            torch.bmm(a, b, out_dtype=out.dtype, out=out)
+        torch.bmm(a, b, out_dtype=out.dtype, out=out)
         return
     a, b = a.to(out.dtype), b.to(out.dtype)
-    if on_gpu and not compiling:
+    if on_gpu:
         torch.bmm(a, b, out=out)
     else:
         out.copy_(torch.bmm(a, b))

@@ -41,11 +41,8 @@ def antidiagonal_sums(padded: Tensor) -> Tensor:
 
 
 def _with_unit_stride(x: Tensor) -> Tensor:
-    """x, or a copy if its samples are apart, as in a channels-last map: there bmm copies too, or is slow.
-
-    A compiler lays out its tensors itself; in a backward pass torch 2.6 cannot even compile the question for strides.
-    """
-    return x if torch.compiler.is_compiling() or x.stride(-1) == 1 else x.contiguous()
+    """x, or a copy if its samples are apart, as in a channels-last map: there bmm copies too, or is slow."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _convolve(x: Tensor, taps: Tensor, adjoint: bool = False, matrix: Tensor | None = None) -> Tensor:

@@ -74,12 +74,6 @@ def test_accelerator_takes_larger_chunks() -> None:
     assert len(channel_chunks(96, 2**21, torch.device("cuda"))) < len(channel_chunks(96, 2**21, CPU))
 
 
-def test_compiled_graph_has_few_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(channel_chunks(96, 2**22, CPU)) == 48
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert len(channel_chunks(96, 2**22, CPU)) == 1
-
-
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @each_matrix_backend
