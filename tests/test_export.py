@@ -127,10 +127,10 @@ def test_folder_names_the_classes_in_the_order_of_the_logits(tmp_path: Path) -> 
 
 
 def test_nameless_classes_are_not_taken_for_those_of_imagenet() -> None:
-    assert export.model_config(None, 1000)["label_names"] == [str(index) for index in range(1000)]
-    assert export.model_config(None, 999)["label_names"] is None
+    assert export.model_config(None, 1000, {})["label_names"] == [str(index) for index in range(1000)]
+    assert export.model_config(None, 999, {})["label_names"] is None
     named = {f"n{index}": index for index in range(1000)}
-    assert export.model_config(named, 1000)["label_names"] == list(named)
+    assert export.model_config(named, 1000, {})["label_names"] == list(named)
 
 
 def test_number_of_classes_is_given_once(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_model_card_says_what_the_weights_are(ema: bool, tmp_path: Path) -> None
     card = card_of(tmp_path / "folder")
     front = card.data.to_dict()
     assert {"timm", "image-classification"} <= set(front["tags"])
-    assert (front["library_name"], front["license"]) == ("timm", "apache-2.0")
+    assert (front["library_name"], front["license"]) == ("timm", "unknown")
     for told in (
         "sgconvnext_atto",
         f"{sum(parameter.numel() for parameter in model.parameters()):,}",
