@@ -75,7 +75,7 @@ def run_card(state: dict[str, Any], config: Config, model: nn.Module, ema: bool,
     told = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}".format(**results) if results else ""
     details = {
         "Parameters": num_parameters(model),
-        "GMACs": _gmacs(model, config),
+        "GMACs": gmacs(model, config),
         "Weights": f"{average}, after {state['epoch'] + 1} epochs of {config.epochs}",
         "Started from": _start(config, origin),
         "Trained on": _data(state, config),
@@ -134,6 +134,16 @@ def num_parameters(model: nn.Module) -> str:
     return f"{flops.num_parameters(model):,}"
 
 
+def gmacs(model: nn.Module, config: Config) -> str:
+    """Of an image of the run, by the counter of sgconvnext.profile."""
+    height, width = _size(config)
+    try:
+        cost = flops.count(model, torch.zeros(1, 3, height, width)).total()
+    except flops.UncountedError:
+        return "unknown"
+    return f"{cost.macs / 1e9:.3g} for an image of {height}x{width} px"
+
+
 def run_settings(config: Config) -> dict[str, Any]:
     """The settings of a run that are not the defaults, as train.py's YAML has them; of paths, their names alone."""
     tree = _special(to_dict(config), to_dict(Config()))
@@ -142,14 +152,6 @@ def run_settings(config: Config) -> dict[str, Any]:
         if path := told.get(section, {}).get(key):
             told[section][key] = Path(path).name
     return told
-
-
-def _special(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _special(value, default[key]) if isinstance(value, dict) and key != "kwargs" else value
-        for key, value in tree.items()
-        if value != default[key]
-    }
 
 
 def nameless(value: Any) -> Any:
@@ -162,6 +164,14 @@ def nameless(value: Any) -> Any:
         return value
     scheme, colon, path = value.rpartition(":")
     return scheme + colon + Path(path).name if os.path.isabs(path) or path.startswith("~") else value
+
+
+def _special(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _special(value, default[key]) if isinstance(value, dict) and key != "kwargs" else value
+        for key, value in tree.items()
+        if value != default[key]
+    }
 
 
 def _front(config: Config, results: dict[str, float], name: str) -> dict[str, Any]:
@@ -193,16 +203,6 @@ def _start(config: Config, origin: dict[str, str]) -> str:
 def _size(config: Config) -> tuple[int, int]:
     size = config.data.img_size
     return (size, size) if isinstance(size, int) else size
-
-
-def _gmacs(model: Any, config: Config) -> str:
-    """Of an image of the run, by the counter of sgconvnext.profile."""
-    height, width = _size(config)
-    try:
-        cost = flops.count(model, torch.zeros(1, 3, height, width)).total()
-    except flops.UncountedError:
-        return "unknown"
-    return f"{cost.macs / 1e9:.3g} for an image of {height}x{width} px"
 
 
 def _data_name(config: Config) -> str:
