@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
 from huggingface_hub import constants
 from training_helpers import only_line
 
+from sgconvnext.profile import flops
+
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have us, and the runs that we start, ignore it
 torch.set_num_threads(1)  # the tensors are tiny: on a busy machine threads would mostly wait for each other
 
@@ -39,6 +41,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
+
+
+@pytest.fixture
+def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model cards without MACs, which take seconds to count."""
+
+    def refuse(*_: Any) -> None:
+        raise flops.UncountedError
+
+    monkeypatch.setattr(flops, "count", refuse)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from helpers import refused
 from safetensors import safe_open
 from timm.data import resolve_model_data_config
 from timm.models import load_checkpoint
-from training_helpers import MICRO, change, command, micro_config, randomized, trained
+from training_helpers import MICRO, change, command, micro_config, randomized, trained, write_config
 
-from sgconvnext import export, model_card
+import train
+from sgconvnext import export
 from sgconvnext.export import export_checkpoint
 from sgconvnext.training import build, checkpoint
+
+pytestmark = pytest.mark.usefixtures("uncounted")
 
 PREPROCESSING = {
     "data.img_size": [32, 64],
@@ -29,12 +33,6 @@ PREPROCESSING = {
     "data.crop_mode": "squash",
     "data.interpolation": "bilinear",
 }
-
-
-@pytest.fixture(autouse=True)
-def _uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting takes half a second; tests/test_model_card.py looks at the count."""
-    monkeypatch.setattr(model_card, "gmacs", lambda *_: "unknown")
 
 
 def load(folder: str) -> Any:
@@ -229,6 +227,24 @@ def test_checkpoint_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with refused("best.pth", "lacks args, epoch", "not written by train.py"):
         export_checkpoint(path, str(folder))
     assert not folder.exists()
+
+
+def test_checkpoint_of_another_architecture_is_refused_in_one_line(
+    tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _, _ = trained(tmp_path)
+    theirs = timm.create_model("resnet10t", num_classes=3)
+    change(path, state_dict=theirs.state_dict())
+    for arguments in ([str(tmp_path / "folder")], [str(tmp_path / "a.onnx"), "--format", "onnx"]):
+        monkeypatch.setattr(sys, "argv", ["export.py", path, *arguments])
+        with pytest.raises(SystemExit):
+            export.main()
+        told = capsys.readouterr().err
+        assert told.startswith(f"sgconvnext.export: error: checkpoint '{path}' is of another architecture; keys ")
+        assert told.count("\n") == 1
+    start = write_config(tmp_path / "a.yaml", **{"model.checkpoint": path})
+    assert "is of another architecture; keys " in refusal(train, start, f"out={tmp_path / 'out'}")
+    assert not {"folder", "a.onnx", "out"} & set(os.listdir(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "README.md"])

@@ -15,7 +15,7 @@ from training_helpers import MICRO, change, micro_config, trained
 
 import train
 from sgconvnext.export import export_checkpoint
-from sgconvnext.model_card import run_settings
+from sgconvnext.model_card import gmacs, run_settings
 from sgconvnext.profile import flops
 from sgconvnext.training import checkpoint
 from sgconvnext.training.config import Config, from_dict, load_config
@@ -25,23 +25,13 @@ AVERAGE = {"ema_top1": 72.5, "ema_top5": 91.0, "ema_loss": 1.0}
 PATHS = {"data.root": "/home/somebody/imagenet", "out": "/home/somebody/runs/1", "data.dataset": ""}
 
 
-@pytest.fixture
-def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting takes half a second."""
-
-    def no_formula(*_: Any) -> None:
-        raise flops.UncountedError("no formula")
-
-    monkeypatch.setattr(flops, "count", no_formula)
-
-
 def card_of(path: str, folder: Path, ema: bool = False) -> ModelCard:
     export_checkpoint(path, str(folder), ema)
     return ModelCard.load(folder / "README.md")
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_model_card_says_what_the_weights_are(ema: bool, tmp_path: Path) -> None:
+def test_model_card_says_what_the_weights_are(ema: bool, tmp_path: Path, uncounted: None) -> None:
     path, model, _ = trained(tmp_path, **PATHS, epochs=5)
     history = [HISTORY[0] | AVERAGE]
     change(path, history=history, progress={"update": 0}, facts={"training_images": "1281167 (0123456789ab)"})
@@ -49,11 +39,9 @@ def test_model_card_says_what_the_weights_are(ema: bool, tmp_path: Path) -> None
     front = card.data.to_dict()
     assert {"timm", "image-classification"} <= set(front["tags"])
     assert front["library_name"] == "timm"
-    macs = flops.count(model, torch.zeros(1, 3, 32, 32)).total().macs
     for told in (
         "sgconvnext_atto",
         f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        f"**GMACs:** {macs / 1e9:.3g} for an image of 32x32 px",
         "**Started from:** random weights",
         "imagenet, 1281167 images, 3 classes, 32x32 px",
         "top-1 72.50 %, top-5 91.00 %, loss 1.0000" if ema else "top-1 71.25 %, top-5 90.50 %, loss 1.1250",
@@ -81,6 +69,15 @@ def test_model_card_claims_nothing_that_was_not_measured(tmp_path: Path, uncount
     assert (
         "none at this point of the run" in card_of(path, tmp_path / "ema", ema=True).text
     )  # of a history without one
+
+
+def test_gmacs_are_counted_at_the_size_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count(model: Any, images: torch.Tensor) -> flops.Count:
+        assert images.shape == (1, 3, 32, 64)
+        return flops.Count({("1", flops.MLP): flops.Cost(macs=1.234e9), ("2", flops.MLP): flops.Cost(macs=1e9)})
+
+    monkeypatch.setattr(flops, "count", count)
+    assert gmacs(torch.nn.Identity(), micro_config(**{"data.img_size": [32, 64]})) == "2.23 for an image of 32x64 px"
 
 
 def test_model_card_of_another_model_does_not_cite_sgconv(tmp_path: Path, uncounted: None) -> None:

@@ -341,7 +341,9 @@ def test_smoothing_of_the_loss_is_the_one_that_was_asked_for() -> None:
     assert relative_error(criterion(logits, targets), want) <= 1e-6
 
 
-def test_folder_of_weights_is_found_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_of_weights_is_found_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncounted: None
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     path, model, _ = trained(tmp_path)
     export.export_checkpoint(path, str(tmp_path / "exported"))
