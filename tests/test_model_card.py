@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from torch.distributed.run import get_args_parser
-from training_helpers import MICRO, change, micro_config, trained
+from training_helpers import AUGMENTED, MICRO, change, fingerprint, micro_config, micro_run, trained
 
 import train
 from sgconvnext.export import export_checkpoint
@@ -133,6 +134,13 @@ def test_hub_is_told_the_accuracy_and_the_data_that_it_has(dataset: str, tmp_pat
     assert found == [(name, "top-1", 0.7125), (name, "top-5", 0.905)]
 
 
+def write_settings(text: str, folder: Path) -> Path:
+    """What the card tells to write into run.yaml."""
+    [settings] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (folder / "run.yaml").write_text(settings)
+    return folder / "run.yaml"
+
+
 def test_settings_in_the_card_make_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncounted: None
 ) -> None:
@@ -140,16 +148,25 @@ def test_settings_in_the_card_make_the_same_run(
     path, _, _ = trained(tmp_path, **PATHS, **changes)
     change(path, facts={"processes": 8})
     text = card_of(path, tmp_path / "folder").text
-    [settings] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     [command] = re.findall(r"^torchrun (.*)$", text, re.MULTILINE)
     args = get_args_parser().parse_args(shlex.split(command))
     assert args.nproc_per_node == "8"
-    (tmp_path / "run.yaml").write_text(settings)
+    write_settings(text, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [args.training_script, *args.training_script_args])
     again, before = train.parse_args(), from_dict(checkpoint.load(path)["args"], path)
     before.out, before.data.root = Config().out, "imagenet"
     assert load_config(again.config, again.overrides) == before
+
+
+@pytest.mark.end_to_end
+def test_run_of_the_card_gives_the_same_weights(tmp_path: Path, run_here: Callable[..., None]) -> None:
+    out = micro_run(run_here, tmp_path / "before", **AUGMENTED, **{"ema.decay": 0.9})
+    card = card_of(str(out / "last.pth"), tmp_path / "folder")
+    for told in ("2 epochs x 80 images, ", " hours of updates, 1 process on cpu", "for an image of 32x32 px"):
+        assert told in card.text
+    run_here(train, write_settings(card.text, tmp_path), f"out={tmp_path / 'again'}")
+    assert fingerprint(tmp_path / "again" / "last.pth") == fingerprint(out / "last.pth")
 
 
 def test_settings_hold_no_folder_of_this_machine() -> None:
