@@ -110,12 +110,13 @@ def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
     state = checkpoint.load(path)
     model, config = build.trained_model(state, ema, path)
     start = origin.of_checkpoint(state)
+    arguments = {key: value for key, value in config.model.kwargs.items() if not key.startswith("pretrained_cfg")}
     metadata = start | {
         "format": "pt",  # which timm and transformers look for
         "arch": model.pretrained_cfg["architecture"],
         "epoch": str(state["epoch"]),
         "weights": "ema" if ema else "model",
-        "timm_model_args": json.dumps(config.model.kwargs | {"img_size": config.model.img_size}),
+        "timm_model_args": json.dumps(arguments | {"img_size": config.model.img_size}),
     }
     try:
         card = model_card.run_card(state, config, model, ema, start)

@@ -47,7 +47,7 @@ TRAINING = """
 {settings}```
 
 ```sh
-torchrun --nproc-per-node={processes} train.py run.yaml
+{launcher} train.py run.yaml
 ```"""
 
 SGCONV = """@inproceedings{li2023sgconv,
@@ -85,10 +85,11 @@ def run_card(state: dict[str, Any], config: Config, model: nn.Module, ema: bool,
         "Cost of the training": _training_cost(state, config),
     }
     description = f"`{source['architecture']}`, trained with SGConvNeXt's train.py."
+    processes = state.get("facts", {}).get("processes")  # on all nodes
     again = TRAINING.format(
         version=__version__,
         settings=yaml.safe_dump(run_settings(config), sort_keys=False, default_flow_style=None, width=119),
-        processes=state.get("facts", {}).get("processes", 1),
+        launcher=f"torchrun --nproc-per-node={processes}" if processes else "python",
     )
     return card(model, description, details, origin, again, **_front(config, results, source["architecture"]))
 

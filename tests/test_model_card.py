@@ -169,6 +169,15 @@ def test_run_of_the_card_gives_the_same_weights(tmp_path: Path, run_here: Callab
     assert fingerprint(tmp_path / "again" / "last.pth") == fingerprint(out / "last.pth")
 
 
+def test_exported_folder_names_no_folder_of_this_machine(tmp_path: Path, uncounted: None) -> None:
+    overlay = {"file": "/home/somebody/a.safetensors"}
+    path, _, _ = trained(tmp_path, **PATHS, **{"model.kwargs": MICRO | {"pretrained_cfg_overlay": overlay}})
+    text = card_of(path, tmp_path / "folder").text
+    assert "python train.py run.yaml" in text  # the checkpoint does not say how many processes there were
+    for file in (tmp_path / "folder").iterdir():
+        assert b"somebody" not in file.read_bytes(), file.name
+
+
 def test_settings_hold_no_folder_of_this_machine() -> None:
     overlay = {"file": "/home/somebody/a.safetensors", "url": "https://host/b/c.pth"}
     config = micro_config(
