@@ -121,7 +121,7 @@ def _read(source: str, ema: bool) -> tuple[Any, dict[str, str], dict[str, Any]]:
 
 def _card(source: str, before: Any, after: Any, error: float, start: dict[str, str]) -> str:
     """The card of a converted network, which names the source, its licence and the error."""
-    place = Path(source).name if Path(source).exists() else model_card.nameless(source)
+    place = Path(source).name if Path(source).exists() else model_card.without_folders(source)
     details = {
         "Source": f"{place}, licence {start.get('license', 'unknown')}",
         "Parameters": f"{model_card.num_parameters(after)} (source: {model_card.num_parameters(before)})",

@@ -18,7 +18,7 @@ from .profile import flops
 from .training import optim
 from .training.config import Config, to_dict
 
-LISTED = ("apache-2.0", "mit", "unknown")  # the hub knows more, but may be told any as "other" with a name
+LISTED = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "unknown")  # the hub takes others by name
 UNTOLD = ("out", "resume", "allow_change", "save", "watch")  # settings that do not change the weights
 
 USAGE = """```python
@@ -118,7 +118,6 @@ def card(
         "usage": USAGE.format(imports=imports, wrapped=wrapped) + more,
     }
     text = generate_readme(content | ({"citation": SGCONV} if arch.startswith("sgconvnext_") else {}), arch)
-    written = ModelCard(text)
     data = ModelCardData(
         tags=["image-classification", "timm", "transformers"],
         pipeline_tag="image-classification",
@@ -127,7 +126,7 @@ def card(
         **_licence(origin.get("license", "unknown")),
         **front,
     )
-    return f"---\n{data.to_yaml()}\n---\n{written.text}"
+    return f"---\n{data.to_yaml()}\n---\n{ModelCard(text).text}"
 
 
 def num_parameters(model: nn.Module) -> str:
@@ -148,19 +147,19 @@ def gmacs(model: nn.Module, config: Config) -> str:
 def run_settings(config: Config) -> dict[str, Any]:
     """The settings of a run that are not the defaults, as train.py's YAML has them; of paths, their names alone."""
     tree = _special(to_dict(config), to_dict(Config()))
-    told: dict[str, Any] = nameless({key: value for key, value in tree.items() if key not in UNTOLD})
+    told: dict[str, Any] = without_folders({key: value for key, value in tree.items() if key not in UNTOLD})
     for section, key in (("data", "root"), ("model", "checkpoint")):  # also if they are not absolute
         if path := told.get(section, {}).get(key):
             told[section][key] = Path(path).name
     return told
 
 
-def nameless(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
     """A setting without the folders of this machine, local-dir:FOLDER among them."""
     if isinstance(value, dict):
-        return {key: nameless(each) for key, each in value.items()}
+        return {key: without_folders(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [nameless(each) for each in value]
+        return [without_folders(each) for each in value]
     if not isinstance(value, str) or "://" in value:
         return value
     scheme, colon, path = value.rpartition(":")
@@ -175,17 +174,17 @@ def _special(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _front(config: Config, results: dict[str, float], name: str) -> dict[str, Any]:
+def _front(config: Config, results: dict[str, float], arch: str) -> dict[str, Any]:
     """What the hub is told of the data and the accuracy; only data of hfds/... has its name there."""
     kind, _, dataset = config.data.dataset.partition("/")
     told: dict[str, Any] = {"datasets": [dataset]} if kind == "hfds" else {}
     if results:
         data = dataset if kind == "hfds" else _data_name(config)
         of: dict[str, Any] = {"task_type": "image-classification", "dataset_type": data, "dataset_name": data}
-        told |= {"metrics": ["accuracy"], "model_name": name}
+        told |= {"metrics": ["accuracy"], "model_name": arch}
         told["eval_results"] = [
-            EvalResult(**of, metric_type="accuracy", metric_name=f"top-{k}", metric_value=results[f"top{k}"] / 100)
-            for k in (1, 5)
+            EvalResult(**of, metric_type="accuracy", metric_name=name, metric_value=round(results[key] / 100, 6))
+            for key, name in (("top1", "top-1"), ("top5", "top-5"))
         ]
     return told
 
@@ -197,8 +196,10 @@ def _licence(name: str) -> dict[str, Any]:
 def _start(config: Config, origin: dict[str, str]) -> str:
     if not (config.model.pretrained or config.model.checkpoint):
         return "random weights"
-    name = origin.get("base_model") or Path(config.model.checkpoint).name or nameless(config.model.name)
-    return f"{name}, licence {origin.get('license', 'unknown')}"
+    base = origin.get("base_model", "")
+    name = Path(config.model.checkpoint).name or base or without_folders(config.model.name)
+    made_of = f", made of {base}" if base not in ("", name) else ""
+    return f"{name}{made_of}, licence {origin.get('license', 'unknown')}"
 
 
 def _size(config: Config) -> tuple[int, int]:

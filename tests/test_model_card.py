@@ -106,7 +106,8 @@ def test_licence_and_base_model_are_those_of_the_start(
     card = card_of(path, tmp_path / "folder")
     front = card.data.to_dict()
     assert {key: front[key] for key in ("license", "license_name", "base_model") if key in front} == told
-    start = f"{origin.get('base_model', 'a.pth')}, licence {origin.get('license', 'unknown')}"
+    made_of = f", made of {origin['base_model']}" if "base_model" in origin else ""
+    start = f"a.pth{made_of}, licence {origin.get('license', 'unknown')}"
     assert f"**Started from:** {start}\n" in card.text
     assert "somebody" not in card.content
 
