@@ -71,20 +71,31 @@ def resize_taps(
     Returns:
         taps (C, 2L - 1), or (C, L) when causal and built for more than one token.
     """
+    index, trained = built_index(taps.shape[-1], built, size, row_gap, is_open, taps.device)
+    return torch.where(trained, taps.index_select(1, index), 0.0)
+
+
+def built_index(
+    num_taps: int, built: tuple[int, int], size: tuple[int, int], row_gap: int, is_open: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """For every lag of the new map the built tap of the same offset, and whether there is a trained one.
+
+    Arguments as of `resize_taps`; both results have one element per lag.
+    """
     row, built_row = size[1] + row_gap, built[1] + row_gap
     length, built_length = size[0] * row, built[0] * built_row
-    causal = taps.shape[-1] != 2 * built_length - 1
-    dy, dx = _offset(torch.arange(0 if causal else 1 - length, length, device=taps.device), row)
+    causal = num_taps != 2 * built_length - 1
+    dy, dx = _offset(torch.arange(0 if causal else 1 - length, length, device=device), row)
     index = dy * built_row + dx - (0 if causal else 1 - built_length)
     half = built_row // 2
-    trained = (dx >= -half) & (dx < built_row - half) & (index >= 0) & (index < taps.shape[-1])
+    trained = (dx >= -half) & (dx < built_row - half) & (index >= 0) & (index < num_taps)
     if row_gap > 0:  # no two pixels of the built map are so far apart: these taps met zeros only, and learnt nothing
         met = (dy.abs() < built[0]) & (dx.abs() < built[1])
         if is_open:
             is_built = (torch.scalar_tensor(size[0]) == built[0]) & (torch.scalar_tensor(size[1]) == built[1])
             met = met | is_built.to(met.device)
         trained = trained & met
-    return torch.where(trained, taps.index_select(1, index.clamp(0, taps.shape[-1] - 1)), 0.0)
+    return index.clamp(0, num_taps - 1), trained
 
 
 def _offset(lag: Tensor, row: int) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from .kernel import (
     num_scales_for,
     scale_dim_for,
 )
+from .resized_taps import taps_of_size
 
 
 def _check_input(x: Tensor, channels: int, layout: str) -> None:
@@ -317,9 +318,8 @@ class SGConv2d(KernelGenerator):
     def _taps_for(self, size: tuple[int, int]) -> Tensor:
         """The built taps, or those for a map of another size; where an export leaves it open, for every size."""
         taps = self.built_taps()
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out an if, but no half of a condition
-            if is_open(size):
-                return resize_taps(taps, self.input_size, size, self.row_gap, is_open=True)
+        if not torch.jit.is_scripting():
+            return taps_of_size(taps, self.input_size, size, self.row_gap)
         return taps if size == self.input_size else resize_taps(taps, self.input_size, size, self.row_gap)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
