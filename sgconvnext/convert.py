@@ -19,9 +19,9 @@ from typing import Any
 
 import timm
 
-from . import console, export
+from . import console, export, model_card
 from .models import conversion
-from .training import build, checkpoint
+from .training import build, checkpoint, origin
 
 LARGEST = 4096  # pixels a side; 1,048,576 tokens in the first stage
 
@@ -79,7 +79,7 @@ def convert(
         raise ValueError(
             f"--img-size={max(img_size)} must be at most {LARGEST}: the kernels have a tap for every token"
         )
-    before, described, preprocessing = _read(source, ema)
+    before, start, of_run = _read(source, ema)
     if to_convnext:
         after, error = conversion.to_convnext(before)
     else:
@@ -87,13 +87,13 @@ def convert(
         after, error = conversion.convert(conversion.convnext(before), **sized)
     arguments = {key: value for key, value in after._model_args.items() if key != "num_classes"}
     name = after.pretrained_cfg["architecture"]
-    metadata = {"format": "pt", "arch": name, "timm_model_args": json.dumps(arguments)}
-    card = _card(source, before, after, error)
+    metadata = start | {"format": "pt", "arch": name, "timm_model_args": json.dumps(arguments)}
+    card = _card(source, before, after, error, start)
     try:
-        export.write_folder(folder, after, metadata, card, described, preprocessing)
+        export.write_folder(folder, after, metadata, card, **of_run)
     except OSError as failed:
         raise ValueError(f"folder {folder!r} cannot be written ({failed.strerror}); name another") from failed
-    counts = [export.num_parameters(model) for model in (before, after)]
+    counts = [model_card.num_parameters(model) for model in (before, after)]
     return (
         f"{conversion.name_of(before)}, {counts[0]} parameters -> {name}, {counts[1]}; "
         f"their outputs on a random image differ by {error:.1e}; load it: import sgconvnext, timm; "
@@ -101,33 +101,35 @@ def convert(
     )
 
 
-def _read(source: str, ema: bool) -> tuple[Any, dict[str, Any] | None, dict[str, Any] | None]:
-    """The network of a source; of a checkpoint of train.py also what `export.write_folder` writes of its run."""
+def _read(source: str, ema: bool) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """The network of a source, the origin of its weights, and what `export.write_folder` is told of its run."""
     if ":" in source or timm.is_model(source):
-        return build.from_timm(source, {"pretrained": True}, "SOURCE "), None, None
+        named = build.from_timm(source, {"pretrained": True}, "SOURCE ")
+        return named, origin.of_pretrained(named, source, {}), {}
     if not Path(source).is_file():
         raise ValueError(
             f"SOURCE {source!r} is neither a model of timm nor a file; of a folder, write local-dir:FOLDER"
         )
     state = checkpoint.load(source)
+    start = origin.of_checkpoint(state)
     if "args" not in state:
-        return conversion.convnext(checkpoint.weights(state, ema, source)), None, None
+        return conversion.convnext(checkpoint.weights(state, ema, source)), start, {}
     model, config = build.trained_model(state, ema, source)
-    described = export.model_config(state.get("class_to_idx"), model.num_classes)
-    return model, described, export.data_config(config)
+    described = export.model_config(state.get("class_to_idx"), model.num_classes, start)
+    return model, start, {"described": described, "preprocessing": export.data_config(config)}
 
 
-def _card(source: str, before: Any, after: Any, error: float) -> str:
+def _card(source: str, before: Any, after: Any, error: float, start: dict[str, str]) -> str:
     """The card of a converted network, which names the source, its licence and the error."""
-    origin = Path(source).name if Path(source).exists() else source  # no more of a path: it is of one machine
+    place = Path(source).name if Path(source).exists() else model_card.without_folders(source)
     details = {
-        "Source": f"{origin}, licence {after.pretrained_cfg.get('license') or 'unknown'}",
-        "Parameters": f"{export.num_parameters(after)} (source: {export.num_parameters(before)})",
+        "Source": f"{place}, licence {start.get('license', 'unknown')}",
+        "Parameters": f"{model_card.num_parameters(after)} (source: {model_card.num_parameters(before)})",
         "Difference": f"{error:.1e}, relative, of features and outputs in float32 on a random image",
     }
     name = after.pretrained_cfg["architecture"]
     outputs = f"`{name}` with the outputs of `{conversion.name_of(before)}`, by sgconvnext.convert."
-    return export.card(after, outputs, details)
+    return model_card.card(after, outputs, details, start)
 
 
 if __name__ == "__main__":

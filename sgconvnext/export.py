@@ -22,39 +22,15 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from timm.data import infer_imagenet_subset
-from timm.models._hub import generate_readme, save_config_for_hf  # save_for_hf, which is public, writes no metadata
+from timm.models._hub import save_config_for_hf  # save_for_hf, which is public, writes no metadata
 from torch import nn
 
-from . import console, formats
-from .training import build, checkpoint
+from . import console, formats, model_card
+from .training import build, checkpoint, origin
 from .training.config import Config
 from .training.data import class_names
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # timm's names
-
-USAGE = """```python
-{imports}
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-logits = model(transform(image)[None])  # image: PIL's, in RGB
-```
-
-With transformers:
-
-```python
-{wrapped}
-model = transformers.AutoModelForImageClassification.from_pretrained("FOLDER")
-processor = transformers.AutoImageProcessor.from_pretrained("FOLDER")
-logits = model(**processor(image)).logits
-```"""
-
-SGCONV = """@inproceedings{li2023sgconv,
-  title     = {What Makes Convolutional Models Great on Long Sequence Modeling?},
-  author    = {Yuhong Li and Tianle Cai and Yi Zhang and Deming Chen and Debadeepta Dey},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2023},
-  url       = {https://arxiv.org/abs/2210.09298}
-}"""
 
 
 @console.interruptible()
@@ -133,16 +109,18 @@ def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
     refuse_taken(folder)
     state = checkpoint.load(path)
     model, config = build.trained_model(state, ema, path)
-    metadata = {
+    start = origin.of_checkpoint(state)
+    arguments = {key: value for key, value in config.model.kwargs.items() if not key.startswith("pretrained_cfg")}
+    metadata = start | {
         "format": "pt",  # which timm and transformers look for
         "arch": model.pretrained_cfg["architecture"],
         "epoch": str(state["epoch"]),
         "weights": "ema" if ema else "model",
-        "timm_model_args": json.dumps(config.model.kwargs | {"img_size": config.model.img_size}),
+        "timm_model_args": json.dumps(arguments | {"img_size": config.model.img_size}),
     }
     try:
-        card = model_card(state, config, model, ema)
-        described = model_config(state.get("class_to_idx"), model.num_classes)
+        card = model_card.run_card(state, config, model, ema, start)
+        described = model_config(state.get("class_to_idx"), model.num_classes, start)
         write_folder(folder, model, metadata, card, described, data_config(config))
     except OSError as error:
         raise ValueError(f"folder {folder!r} cannot be written ({error.strerror}); name another") from error
@@ -212,80 +190,18 @@ def data_config(config: Config) -> dict[str, Any]:
     }
 
 
-def model_config(class_to_idx: dict[str, int] | None, classes: Any) -> dict[str, Any]:
-    """What timm cannot know: that these are not its own weights of some tag, and the classes' names by index."""
+def model_config(class_to_idx: dict[str, int] | None, classes: Any, start: dict[str, str]) -> dict[str, Any]:
+    """What timm cannot know: that these are not its own weights of some tag, their licence, and the classes' names.
+
+    Args:
+        class_to_idx: of the data, if it has names.
+        classes: how many.
+        start: the origin of the weights that the run started from.
+    """
     labels = class_names(class_to_idx) if class_to_idx else None
     if labels is None and infer_imagenet_subset({"num_classes": classes}):
         labels = [str(index) for index in range(classes)]  # else 1000 nameless classes are taken for ImageNet's
-    return {"pretrained_cfg": {"tag": None}, "label_names": labels}
-
-
-def model_card(state: dict[str, Any], config: Config, model: nn.Module, ema: bool) -> str:
-    """The card of a run's weights.
-
-    Args:
-        state: the checkpoint.
-        config: of the run that wrote it.
-        model: with the weights.
-        ema: they are the average.
-    """
-    average = "their average (EMA)" if ema else "as trained"
-    details = {
-        "Parameters": num_parameters(model),
-        "Weights": f"{average}, after {state['epoch'] + 1} epochs of {config.epochs}",
-        "Trained on": _data(state, config),
-        "Results on the validation images": _results(state, ema),
-        "Recipe": f"global batch {config.optim.global_batch}, peak learning rate {config.optim.lr:g}, "
-        f"weight decay {config.optim.weight_decay:g}, {config.run.precision}, seed {config.seed}",
-    }
-    source: Any = model.pretrained_cfg
-    return card(model, f"`{source['architecture']}`, trained with SGConvNeXt's train.py.", details)
-
-
-def card(model: nn.Module, description: str, details: dict[str, str]) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads, by timm's own helper.
-
-    Args:
-        model: whose architecture and licence the card names; how to load it follows from them.
-        description: of the model, in one sentence.
-        details: what else is told, by name.
-    """
-    source: Any = model.pretrained_cfg
-    arch = source["architecture"]
-    ours = type(model).__module__.startswith("sgconvnext.")
-    imports = "import sgconvnext, timm  # sgconvnext registers the model" if ours else "import timm"
-    wrapped = "import sgconvnext, transformers" if ours else "import transformers"
-    content: dict[str, Any] = {
-        "tags": ["image-classification", "timm", "transformers"],
-        "library_name": "timm",
-        "license": source.get("license") or "unknown",
-        "description": description,
-        "details": details,
-        "usage": USAGE.format(imports=imports, wrapped=wrapped),
-    }
-    return generate_readme(content | ({"citation": SGCONV} if arch.startswith("sgconvnext_") else {}), arch)
-
-
-def num_parameters(model: nn.Module) -> str:
-    """Parameters of a model, with a comma after the thousands."""
-    return f"{sum(parameter.numel() for parameter in model.parameters()):,}"
-
-
-def _data(state: dict[str, Any], config: Config) -> str:
-    name = config.data.dataset or Path(config.data.root).name  # no more of the path: it is of one machine
-    images = str(state.get("facts", {}).get("training_images", "")).partition(" ")[0]
-    size = config.data.img_size if isinstance(config.data.img_size, tuple) else (config.data.img_size,) * 2
-    told = [name, f"{images} images" if images else "", f"{config.model.num_classes} classes"]
-    return ", ".join([*(part for part in told if part), "{}x{} px".format(*size)])
-
-
-def _results(state: dict[str, Any], ema: bool) -> str:
-    """Of the evaluation after the last update, if there was one: a checkpoint within an epoch has none of its own."""
-    history, kind = state.get("history"), "ema" if ema else "val"
-    if not history or state.get("progress", {}).get("update") or f"{kind}_top1" not in history[-1]:
-        return "none at this point of the run"
-    top1, top5, loss = (history[-1][f"{kind}_{name}"] for name in ("top1", "top5", "loss"))
-    return f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}"
+    return {"pretrained_cfg": {"tag": None, "license": start.get("license")}, "label_names": labels}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it while timm imports it, so before the next line
 
+from huggingface_hub import constants
 from training_helpers import only_line
+
+from sgconvnext.profile import flops
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have us, and the runs that we start, ignore it
 torch.set_num_threads(1)  # the tensors are tiny: on a busy machine threads would mostly wait for each other
@@ -29,6 +33,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of the Hugging Face hub's client, which finds nothing else."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model cards without MACs, which take seconds to count."""
+
+    def refuse(*_: Any) -> None:
+        raise flops.UncountedError
+
+    monkeypatch.setattr(flops, "count", refuse)
 
 
 @pytest.fixture

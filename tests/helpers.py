@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -141,6 +142,15 @@ def in_the_authors_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         key = re.sub(r"stages\.(\d)\.blocks", r"stages.\1", key)
         found[re.sub(r"stages\.(\d)\.downsample", r"downsample_layers.\1", key)] = value
     return found
+
+
+def hub_folder(cache: Path, repository: str) -> Path:
+    """The empty folder in which the hub's client keeps the files of a repository."""
+    folder, commit = cache / f"models--{repository.replace('/', '--')}", "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    return folder / "snapshots" / commit
 
 
 def mixers(model: torch.nn.Module) -> list[sgconvnext.SGConv2d]:

@@ -4,10 +4,10 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import timm
 import torch
@@ -16,11 +16,14 @@ from helpers import refused
 from safetensors import safe_open
 from timm.data import resolve_model_data_config
 from timm.models import load_checkpoint
-from training_helpers import MICRO, command, micro_config, randomized, trained
+from training_helpers import MICRO, change, command, micro_config, randomized, trained, write_config
 
+import train
 from sgconvnext import export
 from sgconvnext.export import export_checkpoint
 from sgconvnext.training import build, checkpoint
+
+pytestmark = pytest.mark.usefixtures("uncounted")
 
 PREPROCESSING = {
     "data.img_size": [32, 64],
@@ -30,12 +33,6 @@ PREPROCESSING = {
     "data.crop_mode": "squash",
     "data.interpolation": "bilinear",
 }
-
-
-def change(path: str, **changes: Any) -> None:
-    """Rewrite a checkpoint; a key changed to None is taken out."""
-    state = checkpoint.load(path) | changes
-    checkpoint.save(Path(path), {key: value for key, value in state.items() if value is not None})
 
 
 def load(folder: str) -> Any:
@@ -127,10 +124,10 @@ def test_folder_names_the_classes_in_the_order_of_the_logits(tmp_path: Path) -> 
 
 
 def test_nameless_classes_are_not_taken_for_those_of_imagenet() -> None:
-    assert export.model_config(None, 1000)["label_names"] == [str(index) for index in range(1000)]
-    assert export.model_config(None, 999)["label_names"] is None
+    assert export.model_config(None, 1000, {})["label_names"] == [str(index) for index in range(1000)]
+    assert export.model_config(None, 999, {})["label_names"] is None
     named = {f"n{index}": index for index in range(1000)}
-    assert export.model_config(named, 1000)["label_names"] == list(named)
+    assert export.model_config(named, 1000, {})["label_names"] == list(named)
 
 
 def test_number_of_classes_is_given_once(tmp_path: Path) -> None:
@@ -159,60 +156,6 @@ def test_transformers_reads_the_folder(door: str, tmp_path: Path) -> None:
     assert tuple(seen.data_config["input_size"]) == (3, 64, 64)
 
 
-def card_of(folder: Path) -> huggingface_hub.ModelCard:
-    return huggingface_hub.ModelCard.load(folder / "README.md")
-
-
-HISTORY = [{"epoch": 4, "val_top1": 71.25, "val_top5": 90.5, "val_loss": 1.125}]
-AVERAGE = {"ema_top1": 72.5, "ema_top5": 91.0, "ema_loss": 1.0}
-
-
-@pytest.mark.parametrize("ema", [False, True])
-def test_model_card_says_what_the_weights_are(ema: bool, tmp_path: Path) -> None:
-    path, model, _ = trained(tmp_path, **{"data.dataset": "", "data.root": "/home/somebody/imagenet", "epochs": 5})
-    history = [HISTORY[0] | AVERAGE]
-    change(path, history=history, progress={"update": 0}, facts={"training_images": "1281167 (0123456789ab)"})
-    export_checkpoint(path, str(tmp_path / "folder"), ema)
-    card = card_of(tmp_path / "folder")
-    front = card.data.to_dict()
-    assert {"timm", "image-classification"} <= set(front["tags"])
-    assert (front["library_name"], front["license"]) == ("timm", "apache-2.0")
-    for told in (
-        "sgconvnext_atto",
-        f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        "imagenet, 1281167 images, 3 classes, 32x32 px",
-        "top-1 72.50 %, top-5 91.00 %, loss 1.0000" if ema else "top-1 71.25 %, top-5 90.50 %, loss 1.1250",
-        f"{'their average (EMA)' if ema else 'as trained'}, after 5 epochs of 5",
-        "import sgconvnext, timm",
-        'timm.create_model("local-dir:',
-        "AutoModelForImageClassification",
-        "arxiv.org/abs/2210.09298",
-    ):
-        assert told in card.text, told
-    assert "somebody" not in card.text
-
-
-def test_model_card_claims_no_accuracy_that_was_not_measured(tmp_path: Path) -> None:
-    path, _, _ = trained(tmp_path)
-    cases: list[dict[str, Any]] = [{}, {"history": HISTORY, "progress": {"update": 3}}]
-    for number, changes in enumerate(cases):
-        change(path, **changes)
-        export_checkpoint(path, str(tmp_path / f"{number}"))
-        assert "none at this point of the run" in card_of(tmp_path / f"{number}").text
-    change(path, progress={"update": 0})
-    export_checkpoint(path, str(tmp_path / "ema"), ema=True)  # of a history without one
-    assert "none at this point of the run" in card_of(tmp_path / "ema").text
-
-
-def test_model_card_of_another_model_does_not_cite_sgconv(tmp_path: Path) -> None:
-    path, _, _ = trained(tmp_path, **{"model.name": "convnext_atto"})
-    export_checkpoint(path, str(tmp_path / "folder"))
-    text = card_of(tmp_path / "folder").text
-    assert "import timm\n" in text
-    assert "2210.09298" not in text
-    assert "import sgconvnext" not in text
-
-
 def test_gated_models_are_exported_with_the_import_that_registers_them(tmp_path: Path) -> None:
     for name in ("sgconvnext_atto_gated", "convnext_atto_gated"):
         path, model, _ = trained(tmp_path, **{"model.name": name})
@@ -222,8 +165,9 @@ def test_gated_models_are_exported_with_the_import_that_registers_them(tmp_path:
         assert all(value.any() for key, value in got.state_dict().items() if ".gate." in key)
         images = torch.randn(2, 3, 64, 64)
         assert torch.equal(got(images), model.eval()(images))
-        assert "import sgconvnext, timm" in card_of(folder).text
-        assert ("2210.09298" in card_of(folder).text) == name.startswith("sg")
+        card = (folder / "README.md").read_text()
+        assert "import sgconvnext, timm" in card
+        assert ("2210.09298" in card) == name.startswith("sg")
 
 
 def test_run_starts_from_exported_weights_as_from_the_checkpoint(tmp_path: Path) -> None:
@@ -283,6 +227,24 @@ def test_checkpoint_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with refused("best.pth", "lacks args, epoch", "not written by train.py"):
         export_checkpoint(path, str(folder))
     assert not folder.exists()
+
+
+def test_checkpoint_of_another_architecture_is_refused_in_one_line(
+    tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _, _ = trained(tmp_path)
+    theirs = timm.create_model("resnet10t", num_classes=3)
+    change(path, state_dict=theirs.state_dict())
+    for arguments in ([str(tmp_path / "folder")], [str(tmp_path / "a.onnx"), "--format", "onnx"]):
+        monkeypatch.setattr(sys, "argv", ["export.py", path, *arguments])
+        with pytest.raises(SystemExit):
+            export.main()
+        told = capsys.readouterr().err
+        assert told.startswith(f"sgconvnext.export: error: checkpoint '{path}' is of another architecture; keys ")
+        assert told.count("\n") == 1
+    start = write_config(tmp_path / "a.yaml", **{"model.checkpoint": path})
+    assert "is of another architecture; keys " in refusal(train, start, f"out={tmp_path / 'out'}")
+    assert not {"folder", "a.onnx", "out"} & set(os.listdir(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "README.md"])

@@ -250,6 +250,12 @@ def trained(folder: Path, **changes: Any) -> tuple[str, torch.nn.Module, torch.n
     return str(folder / "best.pth"), model, ema
 
 
+def change(path: str, **changes: Any) -> None:
+    """Rewrite a checkpoint; a key changed to None is taken out."""
+    state = checkpoint.load(path) | changes
+    checkpoint.save(Path(path), {key: value for key, value in state.items() if value is not None})
+
+
 def randomized(config: Config) -> torch.nn.Module:
     """Layer scale at 1e-6 would hide from the logits what the blocks compute."""
     model = build.create_model(config, 3, start=False).eval()

@@ -17,7 +17,7 @@ from torch import nn
 from .. import fit
 from ..errors import one_line
 from ..files import expand
-from . import checkpoint
+from . import checkpoint, origin
 from .config import AugmentConfig, Config, from_dict
 from .recorded_model import recorded_model
 
@@ -27,7 +27,7 @@ LOCAL = "local-dir:"  # timm's word before the path of a folder
 
 
 def create_model(config: Config, classes: int, start: bool = True) -> nn.Module:
-    """timm's model of that name, on the CPU.
+    """timm's model of that name, on the CPU. Its attribute ``origin`` is that of the weights that it starts from.
 
     Args:
         config: of the run.
@@ -38,10 +38,14 @@ def create_model(config: Config, classes: int, start: bool = True) -> nn.Module:
         ValueError: an unknown name, an argument that the model refuses, or weights that do not fit.
     """
     arguments = _arguments(config, classes, start)
+    model: Any
     if start and config.model.checkpoint:
         model = _started(config, arguments)
     else:
         model = from_timm(config.model.name, arguments, "model.name=")
+        overlay = config.model.kwargs.get("pretrained_cfg_overlay", {})
+        pretrained = start and config.model.pretrained
+        model.origin = origin.of_pretrained(model, config.model.name, overlay) if pretrained else {}
     if config.model.grad_checkpointing:
         model.set_grad_checkpointing()
     if config.model.channels_last:
@@ -69,6 +73,7 @@ def _started(config: Config, arguments: dict[str, Any]) -> Any:
             "model.img_size=%s keeps them as they are",
             *(path, _px(built), _px(wanted), _px(built)),
         )
+    model.origin = origin.of_checkpoint(state)
     return model
 
 

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import checkpoint, engine, optim
+from . import checkpoint, engine, optim, origin
 from .config import KNOBS, Config, flatten, from_dict, to_dict
 from .run_folder import RunFolder
 from .watch import score
@@ -147,6 +147,8 @@ def state(run: "Run", ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "facts": run.facts,
         "class_to_idx": run.class_to_idx,
     }
+    if run.origin:
+        state["origin"] = run.origin
     return state if t.ema is None else state | {"state_dict_ema": t.ema.module.state_dict()}
 
 
@@ -168,6 +170,7 @@ def take_up(run: "Run", path: Path) -> None:
     optim.load_state(t.optimizer, state["optimizer"])
     if state["amp_scaler"]:
         t.scaler.load_state_dict(state["amp_scaler"])
+    run.origin = origin.of_checkpoint(state)
     run.progress, run.history = engine.Progress(**state["progress"]), state["history"]
     if path.parent.resolve() == run.folder.path.resolve():  # else the best epoch was another folder's
         run.best = state["best"]

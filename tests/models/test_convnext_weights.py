@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import refused, relative_error, visible
-from huggingface_hub import constants
+from helpers import hub_folder, refused, relative_error, visible
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
@@ -19,22 +18,8 @@ SLOW = pytest.mark.end_to_end
 GAP3 = [name for name in MODELS if name.endswith("_gap3")]
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub cache without a hub."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    return tmp_path
-
-
 def cached(hub: Path, model: Any, repository: str) -> None:
-    """Lay a model out as the hub's client keeps it."""
-    folder = hub / f"models--{repository.replace('/', '--')}"
-    snapshot = folder / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text(snapshot.name)
-    snapshot.mkdir(parents=True)
-    save_for_hf(model, str(snapshot), safe_serialization=True)
+    save_for_hf(model, str(hub_folder(hub, repository)), safe_serialization=True)
 
 
 def assert_same(got: Any, want: Any, size: int) -> None:

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import in_the_authors_names, mixers, refused, relative_error
+from helpers import hub_folder, in_the_authors_names, mixers, refused, relative_error
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 from training_helpers import MICRO, micro_config, noise, trained
@@ -80,11 +79,7 @@ def test_pretrained_weights_that_do_not_exist_are_refused() -> None:
         create(**{"model.pretrained": True})
 
 
-def test_pretrained_weights_that_cannot_be_fetched_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+def test_pretrained_weights_that_cannot_be_fetched_are_refused(hub: Path) -> None:
     with refused("model.name='convnext_atto'"):
         create(1000, **{"model.name": "convnext_atto", "model.pretrained": True, "model.kwargs": {}})
 
@@ -309,20 +304,12 @@ def test_kernels_of_a_larger_size_hold_more_of_a_convnext(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", [OURS, f"{OURS}.d2_in1k"])
 @pytest.mark.parametrize("classes", [1000, 3])
-def test_pretrained_weights_of_convnext_come_out_of_the_hubs_cache(
-    name: str, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+def test_pretrained_weights_of_convnext_come_out_of_the_hubs_cache(name: str, classes: int, hub: Path) -> None:
     network = timm.create_model("convnext_atto").eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    folder = tmp_path / "models--timm--convnext_atto.d2_in1k"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs/main").write_text("0" * 40)
-    snapshot = folder / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    safetensors.torch.save_file(network.state_dict(), snapshot / "model.safetensors")
+    folder = hub_folder(hub, "timm/convnext_atto.d2_in1k")
+    safetensors.torch.save_file(network.state_dict(), folder / "model.safetensors")
     got = create(classes, **{"model.name": name, "model.pretrained": True, "model.kwargs": {}}).eval()
     assert mixers(got)[0].input_size == (8, 8)  # of data.img_size=32, not of the 224 px of the weights' cfg
     assert got.head.fc.out_features == classes
@@ -354,7 +341,9 @@ def test_smoothing_of_the_loss_is_the_one_that_was_asked_for() -> None:
     assert relative_error(criterion(logits, targets), want) <= 1e-6
 
 
-def test_folder_of_weights_is_found_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_of_weights_is_found_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncounted: None
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     path, model, _ = trained(tmp_path)
     export.export_checkpoint(path, str(tmp_path / "exported"))
