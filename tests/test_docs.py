@@ -332,7 +332,7 @@ def test_cost_of_a_model_is_that_of_its_blocks_times_the_depths(family: str) -> 
 
 
 @pytest.mark.parametrize(
-    "size", [pytest.param(size, marks=pytest.mark.end_to_end if size in ("base", "large") else []) for size in SIZES]
+    "size", [size if size == "atto" else pytest.param(size, marks=pytest.mark.end_to_end) for size in SIZES]
 )
 def test_parameters_and_operations_in_the_tables_are_true(size: str) -> None:
     readme = row_of("README.md", f"sgconvnext_{size}", "depths")

@@ -211,7 +211,15 @@ def test_fused_block_equals_the_whole(drop_path: float, options: dict[str, Any])
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("options", [{}, GAP, GATED], ids=["plain", "gap", "gated"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.end_to_end),
+        pytest.param(GAP, marks=pytest.mark.end_to_end),
+        GATED,
+    ],
+    ids=["plain", "gap", "gated"],
+)
 def test_chain_of_fused_blocks_equals_one_after_another(options: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stage = SGConvNeXtStage(
@@ -249,7 +257,7 @@ def test_chain_is_not_taken_where_it_would_be_missed() -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("options", [{}, GATED], ids=["plain", "gated"])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.end_to_end), GATED], ids=["plain", "gated"])
 def test_fused_block_has_second_derivatives(options: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module = opened(SGConvNeXtBlock(16, (5, 4), ls_init_value=0.5, backend="triton", device=device, **options))

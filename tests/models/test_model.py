@@ -606,7 +606,9 @@ def test_scripted_model_equals_eager(options: dict[str, Any]) -> None:
         scripted(images((16, 64)))
 
 
-@pytest.mark.parametrize("options", [{}, GAP, GATED], ids=str)
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, marks=pytest.mark.end_to_end), pytest.param(GAP, marks=pytest.mark.end_to_end), GATED]
+)
 def test_model_compiles_without_a_graph_break(options: dict[str, Any]) -> None:
     torch.compiler.reset()
     model, x = random_gates(small_model(**options)), images()
@@ -616,7 +618,7 @@ def test_model_compiles_without_a_graph_break(options: dict[str, Any]) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, GAP, GATED], ids=str)
+@pytest.mark.parametrize("options", [{}, GAP, pytest.param(GATED, marks=pytest.mark.end_to_end)], ids=str)
 def test_model_exports(options: dict[str, Any]) -> None:
     model, x = random_gates(small_model(**options)), images()
     exported = torch.export.export(model, (x,)).module()

@@ -207,6 +207,7 @@ def test_state_dict_says_what_is_reparameterized(options: dict[str, Any], tmp_pa
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 exports no transform of an open batch")
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("options", [{}, GAP], ids=str)
 def test_model_can_be_exported_with_any_batch(options: dict[str, Any]) -> None:
     model = small_model(**options).eval()
@@ -220,7 +221,7 @@ def test_model_can_be_exported_with_any_batch(options: dict[str, Any]) -> None:
 
 
 @scripting
-@pytest.mark.parametrize("options", [{}, GATED], ids=["plain", "gated"])
+@pytest.mark.parametrize("options", [{}, pytest.param(GATED, marks=pytest.mark.end_to_end)], ids=["plain", "gated"])
 def test_reparameterized_model_can_be_exported_compiled_scripted_and_copied(options: dict[str, Any]) -> None:
     model = reparameterize_model(random_gates(small_model(backend="fft", **options)))
     x = images(2, 3, 64, 64)

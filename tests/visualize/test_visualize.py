@@ -205,6 +205,7 @@ def convnext(tmp_path: Path) -> str:
     return f"convnext_atto,depths=[1,1,1,1],dims=[8,16,24,32],{overlay}"
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("command", COMMANDS)
 def test_converted_convnext_is_drawn(run: Run, tmp_path: Path, convnext: str, command: str) -> None:
     spec, out = convnext.replace("convnext_atto", "sgconvnext_atto_gap3,img_size=64", 1), tmp_path / f"{command}.png"
@@ -221,6 +222,7 @@ def test_converted_convnext_has_its_receptive_field(convnext: str) -> None:
     assert relative_error(field, features.receptive_field(theirs, images)) <= 1e-5
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("command", COMMANDS)
 def test_network_of_zeros_is_drawn(tmp_path: Path, command: str) -> None:
     subject = load(SMALL + ",row_gap=3,bias=True")
@@ -252,6 +254,7 @@ def checkpoint(tmp_path: Path) -> str:
     return trained(tmp_path, **data)[0]
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("command", COMMANDS)
 def test_trained_network_is_drawn_from_its_checkpoint(run: Run, tmp_path: Path, checkpoint: str, command: str) -> None:
     out = tmp_path / "a.png"
