@@ -148,6 +148,12 @@ def parse_pip(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(re.search(rf"^{extra} = ", extras, re.MULTILINE) for extra in names.split(","))
 
 
+def parse_segmentation(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/segmentation.py, whose library only the extra has: tests/test_segmentation.py runs it."""
+    assert timm.is_model(arguments[0])
+    assert re.fullmatch(r"--data data --seed \d", " ".join(arguments[1:]))
+
+
 def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     program, *arguments = words
     if program in ("python", "srun"):
@@ -161,6 +167,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             "torchrun": parse_torchrun,
             "-m": parse_module,
             "pip": parse_pip,
+            "docs/segmentation.py": parse_segmentation,
         }
         parsers[program](arguments, monkeypatch)  # what is in none of them is not checked, and so may not be shown
 
