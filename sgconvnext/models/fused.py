@@ -69,7 +69,8 @@ def _runs_triton(block: Any, x: Any) -> bool:
         return False
     transformed = not torch.compiler.is_compiling() and is_transformed()
     known = type(block.drop_path) in (DropPath, nn.Identity)
-    return known and not transformed and not _is_hooked(block) and BACKENDS["triton"].refusal(x) is None
+    hooked = any(map(_is_hooked, block.children()))  # the block's own hooks, as FSDP2 has, run around its forward
+    return known and not transformed and not hooked and BACKENDS["triton"].refusal(x) is None
 
 
 def _is_hooked(block: nn.Module) -> bool:

@@ -98,6 +98,14 @@ class KernelGenerator(nn.Module):
                 "model anew and load the trained weights"
             )
 
+    def refuse_sharded(self, purpose: str) -> None:
+        """Raise a ValueError if FSDP2 has sharded the parameters: it would go on to use those that it knows."""
+        if hasattr(self.weight, "full_tensor"):
+            raise ValueError(
+                f"this {type(self).__name__} is sharded: it cannot {purpose}; gather the weights with "
+                "get_model_state_dict, full_state_dict=True, and load them into a new model"
+            )
+
     def _norm(self) -> Tensor:
         """The L2 norm of every kernel before it is divided by kernel_norm."""
         with torch.no_grad():
@@ -162,6 +170,7 @@ class KernelGenerator(nn.Module):
         load the state of a layer that has parameters.
         """
         if self.taps is None:
+            self.refuse_sharded("be reparameterized")
             with torch.inference_mode(False), torch.no_grad():
                 taps = self.built_taps().clone(memory_format=torch.contiguous_format)
             self.weight = self.skip = self.kernel_norm = None  # type: ignore[assignment]

@@ -361,6 +361,7 @@ class SGConv2d(KernelGenerator):
         """
         height, width = map_size(input_size)
         self.refuse_reparameterized("be rebuilt for another input size")
+        self.refuse_sharded("be rebuilt for another input size")
         if self.row_gap > 0:
             self._move_taps(height, width)
         else:

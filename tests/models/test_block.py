@@ -257,6 +257,18 @@ def test_chain_is_not_taken_where_it_would_be_missed() -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_triton_runs_a_block_with_hooks_of_its_own_but_none_inside() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = SGConvNeXtBlock(16, (5, 4), backend="triton", device=device)
+    x = torch.randn(2, 16, 5, 4, device=device)
+    module.register_forward_pre_hook(lambda *_: None)  # as FSDP2 does
+    with torch.autocast(device, torch.float16):
+        assert fused.fused_forward(module, x) is fused.triton_form
+        module.mlp.fc1.register_forward_pre_hook(lambda *_: None)
+        assert fused.fused_forward(module, x) is None
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.end_to_end), GATED], ids=["plain", "gated"])
 def test_fused_block_has_second_derivatives(options: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
