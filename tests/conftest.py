@@ -1,10 +1,13 @@
 """What every test starts from."""
 
+import functools
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "end_to_end" in item.path.parts:
             item.add_marker("end_to_end")
+
+
+@functools.cache
+def missing_libraries() -> list[str]:
+    """Of the extra `integrations`, those that are not installed."""
+    lines = [line for line in requires("sgconvnext") or [] if 'extra == "integrations"' in line]
+    names = [re.split(r"[^\w.-]", line)[0] for line in lines]
+    return [name for name in names if not any(distributions(name=name))]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("integrations") and missing_libraries():
+        pytest.skip(f"pip install -e '.[test,integrations]' for {', '.join(missing_libraries())}")
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,15 @@ import torch
 from torch import nn
 
 pytestmark = pytest.mark.integrations
-pytest.importorskip("segmentation_models_pytorch")
-segmentation: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "docs" / "segmentation.py")))
+SCRIPT = Path(__file__).parents[1] / "docs" / "segmentation.py"
 
 
-def test_every_pixel_of_a_scene_has_the_class_of_what_lies_on_top() -> None:
+@pytest.fixture(scope="module")
+def segmentation() -> Any:
+    return SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+
+
+def test_every_pixel_of_a_scene_has_the_class_of_what_lies_on_top(segmentation: Any) -> None:
     items, kinds = torch.full((2, 28, 28), 255, dtype=torch.uint8), torch.tensor([3, 7])
     images, masks = segmentation.scenes(items, kinds, 6, seed=0)
     assert images.shape == (6, 1, *segmentation.SIZE)
@@ -27,7 +31,7 @@ def test_every_pixel_of_a_scene_has_the_class_of_what_lies_on_top() -> None:
     assert not torch.equal(segmentation.scenes(items, kinds, 6, seed=1)[1], masks)
 
 
-def test_scores_are_those_by_hand() -> None:
+def test_scores_are_those_by_hand(segmentation: Any) -> None:
     class Ground(nn.Module):
         """Says of every pixel that it is the ground."""
 
@@ -43,7 +47,11 @@ def test_scores_are_those_by_hand() -> None:
 
 @pytest.mark.parametrize("backbone", ["convnext_atto", "sgconvnext_atto"])
 def test_run_tells_an_epoch_in_a_line(
-    backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    segmentation: Any,
+    backbone: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
