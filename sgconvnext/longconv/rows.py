@@ -1,4 +1,4 @@
-"""Long convolution of maps by products with the matrices of a 2-D DFT, for exports that leave the size of the maps open.
+"""Long convolution of maps by the matrices of a 2-D DFT, for exports that leave the size of the maps open.
 
 A sample at position q R + s of a map with H rows of R, and a tap of lag d R + r, 0 <= r < R, meet at position
 (q + d) R + (s + r). So the convolution is one over rows and columns, with H lags to either side between rows and 2R-1
