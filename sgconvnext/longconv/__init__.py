@@ -11,7 +11,8 @@ from . import compiled, derivatives, dft, fft, reference, toeplitz
 from .backend import Backend
 from .choice import choose_backend
 from .context import is_recorded
-from .precision import full_precision, without_autocast
+from .precision import without_autocast
+from .rows import convolve_rows
 from .triton import toeplitz as triton_toeplitz
 
 BACKENDS: dict[str, Backend] = {
@@ -96,8 +97,7 @@ def long_conv_of_open_size(x: Tensor, taps: Tensor, backend: str = "auto") -> Te
     Args:
         x: the maps; L = H R.
         taps: as in `long_conv`.
-        backend: "auto" and "dft" are products of matrices, with the rows as the blocks: O(L (H + R)). "fft" is an FFT
-            of 2L points.
+        backend: "auto" and "dft" are products of matrices, see `rows`: O(L (H + R)). "fft" is an FFT of 2L points.
 
     Returns:
         y (B, C, H, R).
@@ -113,7 +113,7 @@ def long_conv_of_open_size(x: Tensor, taps: Tensor, backend: str = "auto") -> Te
         return chosen.plain(x.flatten(2), taps).reshape(x.shape)
     with without_autocast(x):
         missing = 2 * x.shape[2] * x.shape[3] - 1 - taps.shape[-1]
-        return dft.convolve_blocks(x, F.pad(taps.to(full_precision(x.dtype)), (missing, 0)))
+        return convolve_rows(x, F.pad(taps, (missing, 0))).to(x.dtype)
 
 
 def freeze(taps: Tensor, length: int, dtype: torch.dtype, backend: str) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,68 @@
+"""Long convolution of maps by the matrices of a 2-D DFT, for exports that leave the size of the maps open.
+
+A sample at position q R + s of a map with H rows of R, and a tap of lag d R + r, 0 <= r < R, meet at position
+(q + d) R + (s + r). So the convolution is one over rows and columns, with H lags to either side between rows and 2R-1
+columns, of which those from R on belong to the next row:
+
+    y[p, i] = Z[p, i] + Z[p - 1, i + R]        Z = F^-1 (F x * F k),  F a DFT of 2H rows and 2R-1 columns
+
+All products are in float32 (float64 for float64). Nothing in it is larger than four images: `dft` has H matrices of
+2R x 2R for every channel, which a runtime would have to make anew in every call, where it cannot know H and R before.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .precision import full_precision
+
+
+def convolve_rows(x: Tensor, taps: Tensor) -> Tensor:
+    """y (B, C, H, R) of maps x and taps (C, 2HR-1) for the lags -(HR-1) .. HR-1; H and R may be open in an export."""
+    height, width = x.shape[2:]
+    dtype = full_precision(x.dtype)
+    x, taps = x.to(dtype), taps.to(dtype)
+    rows, columns = torch.arange(-height, height, device=x.device), torch.arange(width, device=x.device)
+    across = torch.cat(_waves(columns, columns, 2 * width - 1, dtype), 1)  # (R, 2R), to the R frequencies
+    kernel = _transform(F.pad(taps, (1, 0)).unflatten(-1, (2 * height, width)), across, rows, rows)
+    real, imaginary = _transform(x, across, rows, rows[height:])
+    parts = [real * kernel[0] - imaginary * kernel[1], real * kernel[1] + imaginary * kernel[0]]
+    down = _complex(*_waves(rows[height - 1 :], rows, 2 * height, dtype), sign=-1) / (2 * height)  # (2H+2, 4H)
+    sums = _beside(torch.matmul(down, torch.cat(parts, 2)), height + 1)  # (B, C, H+1, 2R); the first row is p = -1
+    whole = torch.arange(2 * width - 1, device=x.device)
+    cosine, sine = _waves(columns, whole, 2 * width - 1, dtype)
+    weight = (2 - (columns == 0).to(dtype))[:, None] / (2 * width - 1)  # frequency 0 counts once
+    z = torch.matmul(sums, torch.cat([weight * cosine, weight * sine], 0))  # (B, C, H+1, 2R-1)
+    return z[:, :, 1:, :width] + F.pad(z[:, :, :-1, width:], (0, 1))
+
+
+def _waves(left: Tensor, right: Tensor, points: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and minus sine of 2 pi i j / points."""
+    phase = left[:, None] * right
+    # exact, where angles would be rounded; the exporter to ONNX has no remainder for an open size
+    phase = phase - torch.div(phase, points, rounding_mode="floor") * points
+    angle = phase.to(dtype) * (2 * math.pi / points)
+    return angle.cos(), -angle.sin()
+
+
+def _complex(real: Tensor, imaginary: Tensor, sign: int = 1) -> Tensor:
+    """The matrix (2m, 2n) of a complex matrix (m, n), or of its conjugate, for real parts above imaginary ones."""
+    imaginary = sign * imaginary
+    return torch.cat([torch.cat([real, -imaginary], 1), torch.cat([imaginary, real], 1)], 0)
+
+
+def _beside(stacked: Tensor, size: int) -> Tensor:
+    """(..., 2 size, R) as (..., size, 2R): what was below comes to the right."""
+    return torch.cat([stacked[..., :size, :], stacked[..., size:, :]], -1)
+
+
+def _transform(maps: Tensor, across: Tensor, frequencies: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part (..., 2H, R) of the DFT of maps (..., n, R) whose n rows have these indices."""
+    points, width = frequencies.shape[0], maps.shape[-1]
+    spectrum = torch.matmul(maps, across)
+    stacked = torch.cat([spectrum[..., :width], spectrum[..., width:]], -2)
+    down = _complex(*_waves(frequencies, rows, points, maps.dtype))
+    both = torch.matmul(down, stacked)
+    return both[..., :points, :], both[..., points:, :]
