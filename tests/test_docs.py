@@ -8,6 +8,7 @@ import shlex
 import sys
 import types
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,10 @@ def weights_of_the_hub(repository: str, **_: Any) -> dict[str, torch.Tensor]:
     ],
 )
 def test_python_of_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "\n".join(blocks(page, "python"))
+    for name in re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE):
+        if page in INTEGRATIONS and find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install -e '.[test,integrations]'")
     monkeypatch.chdir(tmp_path)
     told: list[Any] = []  # thop and ptflops stand in for themselves; what they make of the rules is tested elsewhere
     thop = types.SimpleNamespace(profile=lambda model, inputs, custom_ops: told.append(custom_ops))
@@ -82,7 +87,7 @@ def test_python_of_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "thop", thop)
     monkeypatch.setitem(sys.modules, "ptflops", ptflops)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", weights_of_the_hub)
-    exec(compile("\n".join(blocks(page, "python")), page, "exec"), {})
+    exec(compile(code, page, "exec"), {})
     assert all(issubclass(layer, torch.nn.Module) for rules in told for layer in rules)
 
 
