@@ -43,7 +43,8 @@ def missing_libraries() -> list[str]:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("integrations") and missing_libraries():
-        pytest.skip(f"pip install -e '.[test,integrations]' for {', '.join(missing_libraries())}")
+        missing = ", ".join(missing_libraries())
+        pytest.skip(f"{missing} is not installed: pip install -e '.[test,integrations]'")
 
 
 @pytest.fixture(autouse=True)

@@ -117,7 +117,8 @@ def parse_train(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parse_torchrun(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     args = torchrun_parser().parse_args(arguments)
-    parse([args.training_script, *args.training_script_args], monkeypatch)
+    module = ["-m"] if args.module else []
+    parse([*module, args.training_script, *args.training_script_args], monkeypatch)
 
 
 def parse_validate(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
