@@ -34,8 +34,9 @@ def convolve_rows(x: Tensor, taps: Tensor) -> Tensor:
     whole = torch.arange(2 * width - 1, device=x.device)
     cosine, sine = _waves(columns, whole, 2 * width - 1, dtype)
     weight = (2 - (columns == 0).to(dtype))[:, None] / (2 * width - 1)  # frequency 0 counts once
-    z = torch.matmul(sums, torch.cat([weight * cosine, weight * sine], 0))  # (B, C, H+1, 2R-1)
-    return z[:, :, 1:, :width] + F.pad(z[:, :, :-1, width:], (0, 1))
+    back = F.pad(torch.cat([weight * cosine, weight * sine], 0), (0, 1))  # an export takes no R - 1 that may be 1
+    z = torch.matmul(sums, back)  # (B, C, H+1, 2R), the last column of zeros
+    return z[:, :, 1:, :width] + z[:, :, :-1, width:]
 
 
 def _waves(left: Tensor, right: Tensor, points: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
