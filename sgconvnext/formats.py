@@ -19,6 +19,7 @@ from torch import Tensor, nn
 STRIDE, LEAST_OPSET, OPSET = 32, 18, 20
 RUNTIMES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".pt", "openvino": ".xml"}
+Run = Callable[[Tensor], Tensor]
 LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 2e-2}
 
 
@@ -145,29 +146,29 @@ def _save(model: nn.Module, x: Tensor, path: Path, kind: str, dynamic: Sequence[
             target.unlink()
 
 
-def _pt2(path: Path) -> Callable[[Tensor], Tensor]:
+def _pt2(path: Path) -> Run:
     return torch.export.load(path).module()
 
 
-def _torchscript(path: Path) -> Callable[[Tensor], Tensor]:
+def _torchscript(path: Path) -> Run:
     return torch.jit.load(str(path))
 
 
-def _onnx(path: Path) -> Callable[[Tensor], Tensor]:
+def _onnx(path: Path) -> Run:
     onnxruntime = importlib.import_module("onnxruntime")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
-def _openvino(path: Path) -> Callable[[Tensor], Tensor]:
+def _openvino(path: Path) -> Run:
     openvino = importlib.import_module("openvino")
     exact = {"INFERENCE_PRECISION_HINT": "f32"}  # else some CPUs compute in bfloat16
     compiled = openvino.compile_model(str(path), "CPU", exact)
     return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
 
 
-RUN: dict[str, Callable[[Path], Callable[[Tensor], Tensor]]] = {
+RUN: dict[str, Callable[[Path], Run]] = {  # a file as a function, in its runtime
     "onnx": _onnx,
     "pt2": _pt2,
     "torchscript": _torchscript,

@@ -1,8 +1,10 @@
-"""The comparison of docs/dense-prediction.md: its scenes, its figures by hand, and a run on made images."""
+"""The scripts that make tables of docs/: their figures by hand, and a small run of each."""
 
+import logging
 import runpy
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +12,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from training_helpers import trained, write_images
 
 pytestmark = pytest.mark.integrations
-SCRIPT = Path(__file__).parents[1] / "docs" / "segmentation.py"
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def script(name: str) -> Any:
+    return SimpleNamespace(**runpy.run_path(str(DOCS / name)))
 
 
 @pytest.fixture(scope="module")
 def segmentation() -> Any:
-    return SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+    return script("segmentation.py")
 
 
 def test_every_pixel_of_a_scene_has_the_class_of_what_lies_on_top(segmentation: Any) -> None:
@@ -31,7 +38,7 @@ def test_every_pixel_of_a_scene_has_the_class_of_what_lies_on_top(segmentation: 
     assert not torch.equal(segmentation.scenes(items, kinds, 6, seed=1)[1], masks)
 
 
-def test_scores_are_those_by_hand(segmentation: Any) -> None:
+def test_scores_of_a_segmentation_are_those_by_hand(segmentation: Any) -> None:
     class Ground(nn.Module):
         """Says of every pixel that it is the ground."""
 
@@ -46,7 +53,7 @@ def test_scores_are_those_by_hand(segmentation: Any) -> None:
 
 
 @pytest.mark.parametrize("backbone", ["convnext_atto", "sgconvnext_atto"])
-def test_run_tells_an_epoch_in_a_line(
+def test_segmentation_tells_an_epoch_in_a_line(
     segmentation: Any,
     backbone: str,
     tmp_path: Path,
@@ -65,3 +72,41 @@ def test_run_tells_an_epoch_in_a_line(
     segmentation.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(": mIoU ")[0] for line in lines] == [f"{backbone}, seed 0, epoch {i}" for i in range(2)]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """The rows that a script prints, by column."""
+    disabled = logging.root.manager.disable
+
+    def told(name: str, *arguments: object) -> list[dict[str, str]]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        script(name).main()
+        head, _, *lines = capsys.readouterr().out.splitlines()
+        return [dict(zip(cells(head), cells(line), strict=True)) for line in lines]
+
+    yield told
+    logging.disable(disabled)
+
+
+def test_int8_keeps_nearly_all_classes_in_less_space(rows: Any, tmp_path: Path) -> None:
+    write_images(tmp_path / "data", {"val": {"a": 8, "b": 8, "c": 8}})
+    shape = {"depths": [1, 1, 1, 1], "dims": [32, 64, 96, 128], "ls_init_value": 0.5}
+    path, *_ = trained(tmp_path, **{"model.kwargs": shape, "data.root": str(tmp_path / "data")})
+    found = rows("quantisation.py", path)
+    for whole, small in (found[:2], found[2:]):
+        assert float(whole["same class as float32, %"]) == 100
+        assert float(small["same class as float32, %"]) >= 75
+        assert float(small["MiB"]) < 0.6 * float(whole["MiB"])
+
+
+def test_export_is_beside_that_of_convnext(rows: Any) -> None:
+    [row] = rows("exports.py", "atto", "--formats", "pt2", "--img-size", 32, "--turns", 1)
+    assert (row["model"], row["file"], row["batch"]) == ("sgconvnext_atto", "`pt2`", "1")
+    assert 10 < float(row["ConvNeXt, MiB"]) < 25  # 3.7 million parameters of four bytes, and the program
+    assert 10 < float(row["MiB"]) < 25
+    assert float(row["ratio"]) > 0
