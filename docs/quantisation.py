@@ -1,6 +1,6 @@
 """int8 by torchao and by onnxruntime, of a network that train.py trained: the table of docs/quantisation.md.
 
-    python docs/quantisation.py runs/digits/best.pth data.root=data
+    python docs/quantisation.py runs/digits/best.pth
 
 Accuracy is that of all validation images of the run. Every time is of one image in one thread, the median of turns in
 which all forms run after each other.

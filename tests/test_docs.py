@@ -1,5 +1,6 @@
 """What README and docs/ say is true: snippets run, commands are parsed, and paths, links and counts are right."""
 
+import ast
 import functools
 import importlib
 import inspect
@@ -30,7 +31,12 @@ README = ROOT / "README.md"
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text() for path in [README, *sorted((ROOT / "docs").glob("*.md"))]
 }
-INTEGRATIONS = ("docs/dense-prediction.md", "docs/integrations.md")  # need libraries of the extra of that name
+INTEGRATIONS = (
+    "docs/dense-prediction.md",
+    "docs/integrations.md",
+    "docs/quantisation.md",
+)  # need libraries of the extra of that name
+SCRIPTS = [f"docs/{name}.py" for name in ("segmentation", "quantisation", "exports")]
 NOT_RUN = {"text", "bibtex"}  # "text" holds equations, trees, and commands of older commits
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -149,10 +155,14 @@ def parse_pip(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(re.search(rf"^{extra} = ", extras, re.MULTILINE) for extra in names.split(","))
 
 
-def parse_segmentation(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/segmentation.py, whose library only the extra has: tests/test_segmentation.py runs it."""
-    assert timm.is_model(arguments[0])
-    assert re.fullmatch(r"--data data --seed \d", " ".join(arguments[1:]))
+def parse_docs(script: str) -> Callable[..., None]:
+    """The command of a script in docs/, whose libraries only the extra has; tests/test_docs_scripts.py runs them."""
+
+    def parse(arguments: list[str], _: pytest.MonkeyPatch) -> None:
+        described = ast.get_docstring(ast.parse((ROOT / script).read_text()))
+        assert f"python {script} {' '.join(arguments)}" in str(described)
+
+    return parse
 
 
 def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +178,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             "torchrun": parse_torchrun,
             "-m": parse_module,
             "pip": parse_pip,
-            "docs/segmentation.py": parse_segmentation,
+            **{script: parse_docs(script) for script in SCRIPTS},
         }
         parsers[program](arguments, monkeypatch)  # what is in none of them is not checked, and so may not be shown
 
