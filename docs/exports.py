@@ -1,6 +1,6 @@
 """What files for runtimes cost, beside those of timm's ConvNeXt: the table of docs/export.md.
 
-    python docs/exports.py atto tiny --batch 1 8
+    python docs/exports.py atto --batch 1 8
 
 Every file is written by sgconvnext.formats and runs in its own runtime, with that runtime's threads. Times are medians
 of turns in which the two networks run after each other; the ratio is the median of those of the turns.

@@ -30,7 +30,7 @@ def test_file_with_open_sizes_gives_what_the_network_gives(kind: str, options: d
     assert Path(out).exists()
 
 
-@pytest.mark.parametrize("kind", ["torchscript", "pt2"])
+@pytest.mark.parametrize("kind", [*KINDS, "torchscript"])
 def test_file_in_half_precision_is_close(kind: str, tmp_path: Path) -> None:
     model, out = small_model(ls_init_value=0.5), str(tmp_path / f"model{formats.SUFFIXES[kind]}")
     assert formats.write(model, out, kind, size=(64, 64), half=True) <= 2e-2

@@ -615,10 +615,14 @@ def test_model_compiles_without_a_graph_break() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, GAP, pytest.param(GATED, marks=pytest.mark.end_to_end)], ids=str)
-def test_model_exports(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("strict", "options"),
+    [(False, {}), (True, GAP), pytest.param(True, GATED, marks=pytest.mark.end_to_end)],
+    ids=str,
+)
+def test_model_exports(strict: bool, options: dict[str, Any]) -> None:
     model, x = random_gates(small_model(**options)), images()
-    exported = torch.export.export(model, (x,)).module()
+    exported = torch.export.export(model, (x,), strict=strict).module()
     assert relative_error(exported(x), model(x)) <= 1e-5
 
 
