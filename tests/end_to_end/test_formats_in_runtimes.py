@@ -9,8 +9,9 @@ from helpers import GAP, GATED, refused, small_model
 
 from sgconvnext import formats
 
+CURE = "pip install -e '.[test,integrations]'"
 KINDS = [
-    pytest.param(kind, marks=pytest.mark.skipif(find_spec(needs) is None, reason=f"{needs} is not installed"))
+    pytest.param(kind, marks=pytest.mark.skipif(find_spec(needs) is None, reason=f"{needs} is not installed: {CURE}"))
     for kind, needs in {"onnx": "onnxruntime", "openvino": "openvino", "pt2": "torch"}.items()
 ]
 
