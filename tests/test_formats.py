@@ -9,10 +9,11 @@ from helpers import refused, relative_error, small_model
 from sgconvnext import formats
 
 
-def test_torchscript_file_gives_what_the_network_gives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (32, 160)], ids=str)
+def test_torchscript_file_gives_what_the_network_gives(size: tuple[int, int], tmp_path: Path) -> None:
     model, out = small_model(ls_init_value=0.5), str(tmp_path / "model.pt")
-    assert formats.write(model, out, "torchscript", size=(64, 64), dynamic=["batch"]) <= 1e-4
-    x = torch.randn(3, 3, 64, 64)
+    assert formats.write(model, out, "torchscript", size=size, dynamic=["batch"]) <= 1e-4
+    x = torch.randn(3, 3, *size)
     with torch.no_grad():
         assert relative_error(torch.jit.load(out)(x), model(x)) <= 1e-5
 

@@ -189,6 +189,7 @@ def test_layer_has_the_same_taps_by_both(options: KernelOptions, monkeypatch: py
     assert not torch.equal(got, torch.zeros_like(got))
 
 
+@pytest.mark.end_to_end
 def test_network_compiles_with_the_operator_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.use_deterministic_algorithms(False)  # the compiler would fill memory that the interpreter then reads
     monkeypatch.setattr(taps_operator, "_runs_triton", lambda x: x.is_cuda)
