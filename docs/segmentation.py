@@ -1,4 +1,4 @@
-"""Train a feature pyramid over a timm backbone to segment drawn scenes: the comparison of docs/dense-prediction.md.
+"""Train a feature pyramid over a timm backbone to segment drawn scenes: the comparison in docs/results.md.
 
     python docs/segmentation.py convnext_atto --data data --seed 0
 
@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", default="data")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--scenes", type=int, default=2000, help="of the training; the evaluation has 500")
+    parser.add_argument("--scenes", type=int, default=2000, help="of the training; the evaluation has at most 500")
     return parser.parse_args()
 
 

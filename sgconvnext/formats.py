@@ -68,7 +68,7 @@ def write(
 
     Args:
         model: images (B, C, H, W) to logits.
-        out, kind, size, dynamic, opset: as in `refuse`, which has to be called first.
+        out, kind, size, dynamic, opset: as in `refuse`, which checks them. This function does not.
         half: in float16.
 
     Returns:

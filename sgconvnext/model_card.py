@@ -18,7 +18,7 @@ from .profile import flops
 from .training import optim
 from .training.config import Config, to_dict
 
-LISTED = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "unknown")  # the hub takes others by name
+LISTED = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "unknown")  # others are "other" to the hub
 UNTOLD = ("out", "resume", "allow_change", "save", "watch")  # settings that do not change the weights
 
 USAGE = """```python
@@ -135,7 +135,7 @@ def num_parameters(model: nn.Module) -> str:
 
 
 def gmacs(model: nn.Module, config: Config) -> str:
-    """Of an image of the run, by the counter of sgconvnext.profile."""
+    """GMACs of an image of the run's size, by the counter of sgconvnext.profile; "unknown" if it cannot count them."""
     height, width = _size(config)
     try:
         cost = flops.count(model, torch.zeros(1, 3, height, width)).total()
@@ -145,7 +145,7 @@ def gmacs(model: nn.Module, config: Config) -> str:
 
 
 def run_settings(config: Config) -> dict[str, Any]:
-    """The settings of a run that are not the defaults, as train.py's YAML has them; of paths, their names alone."""
+    """The settings of a run that are not the defaults, as train.py's YAML has them. Of a path only the name stays."""
     tree = _special(to_dict(config), to_dict(Config()))
     told: dict[str, Any] = without_folders({key: value for key, value in tree.items() if key not in UNTOLD})
     for section, key in (("data", "root"), ("model", "checkpoint")):  # also if they are not absolute
@@ -175,7 +175,7 @@ def _special(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
 
 
 def _front(config: Config, results: dict[str, float], arch: str) -> dict[str, Any]:
-    """What the hub is told of the data and the accuracy; only data of hfds/... has its name there."""
+    """What the hub is told of the data and the accuracy. Only data of hfds/... have a name on the hub."""
     kind, _, dataset = config.data.dataset.partition("/")
     told: dict[str, Any] = {"datasets": [dataset]} if kind == "hfds" else {}
     if results:

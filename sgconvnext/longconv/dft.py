@@ -38,7 +38,7 @@ READING = 3
 def block_shape(length: int, reading: int = 0) -> tuple[int, int]:
     """n and b: the n blocks of b samples that hold a signal with the fewest products, 4 n b (n + b) for W, M and W^T.
 
-    Reading a number of M, once for all images, counts as many products as ``reading`` says.
+    M is read once for all images: each of its numbers counts as ``reading`` further products.
 
     b is a multiple of 8 and n of 4, unless it is 1, so that every row of every matrix begins at a multiple of 16 bytes
     in half precision, as fast kernels need (at 224 px: 56 x 56, 20 x 40, 28 x 8 and 8 x 8 for 3136, 784, 196, 49).
@@ -167,7 +167,7 @@ def _gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 def _convolve_blocks(x: Tensor, taps: Tensor) -> Tensor:
     """y (B, C, n, b) of x, n blocks of b samples (B, C, n, b), by products of matrices only, for tracers and exports.
 
-    Taps are (C, 2nb-1) for the lags -(nb-1) .. nb-1.
+    n may be open in an export, b may not. Taps are (C, 2nb-1) for the lags -(nb-1) .. nb-1.
     """
     n, size = x.shape[2:]
     if torch.jit.is_tracing():  # which has tensors for sizes, and holds for these alone

@@ -1,10 +1,13 @@
 """Long convolution of maps by the matrices of a 2-D DFT, for exports that leave the size of the maps open.
 
 A sample at position q R + s of a map with H rows of R, and a tap of lag d R + r, 0 <= r < R, meet at position
-(q + d) R + (s + r). So the convolution is one over rows and columns, with H lags to either side between rows and 2R-1
-columns, of which those from R on belong to the next row:
+(q + d) R + (s + r). So the convolution is one over rows, with d from -H to H-1, and columns. It makes 2R-1 columns, of
+which those from R on belong to the next row:
 
     y[p, i] = Z[p, i] + Z[p - 1, i + R]        Z = F^-1 (F x * F k),  F a DFT of 2H rows and 2R-1 columns
+
+The rows q + d go from -H to 2H-2. The DFT of 2H rows folds some of them together, but none onto the rows
+-1 .. H-1, which are all that y needs.
 
 All products are in float32 (float64 for float64). Nothing in it is larger than four images: `dft` has H matrices of
 2R x 2R for every channel, which a runtime would have to make anew in every call, where it cannot know H and R before.

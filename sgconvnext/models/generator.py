@@ -99,7 +99,7 @@ class KernelGenerator(nn.Module):
             )
 
     def refuse_sharded(self, purpose: str) -> None:
-        """Raise a ValueError if FSDP2 has sharded the parameters: it would go on to use those that it knows."""
+        """Raise a ValueError if the parameters are sharded: FSDP2 would go on to use the old ones."""
         if hasattr(self.weight, "full_tensor"):
             raise ValueError(
                 f"this {type(self).__name__} is sharded: it cannot {purpose}; gather the weights with "

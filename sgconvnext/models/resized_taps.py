@@ -1,4 +1,4 @@
-"""The taps for a map of another size, as one operator to a compiler: it would trace the small steps for every size."""
+"""The taps for a map of another size, as one operator to a compiler, which else traces small steps for every size."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .input_size import built_index, resize_taps
 
 
 def taps_of_size(taps: Tensor, built: tuple[int, int], size: tuple[int, int], row_gap: int) -> Tensor:
-    """The built taps at the built size, else those of `resize_taps`; for every size where an export leaves it open.
+    """The built taps at the built size, else those of `resize_taps`. In an export with open size they hold for all.
 
     Arguments and result are those of `resize_taps`.
     """
@@ -47,7 +47,7 @@ def _like_built(
 def _built(
     dresized: Tensor, num_taps: int, built_height: int, built_width: int, height: int, width: int, row_gap: int
 ) -> Tensor:
-    """The adjoint."""
+    """The adjoint of `_resized`: the gradient of the built taps."""
     built, size = (built_height, built_width), (height, width)
     index, trained = built_index(num_taps, built, size, row_gap, False, dresized.device)
     zeros = dresized.new_zeros((dresized.shape[0], num_taps))

@@ -17,7 +17,7 @@ def of_pretrained(model: Any, name: str, overlay: Mapping[str, Any]) -> dict[str
     Args:
         model: that was built with ``pretrained=True``.
         name: that it was built by. A tag in it says which weights a file holds.
-        overlay: its ``pretrained_cfg_overlay``. A file without a tag is known by what the overlay says of it alone.
+        overlay: its ``pretrained_cfg_overlay``. If it names a file and the name has no tag, it alone tells the origin.
     """
     source: Mapping[str, Any] = model.pretrained_cfg
     if {"file", "url", "hf_hub_id"} & overlay.keys() and not split_model_name_tag(name)[1]:
@@ -26,7 +26,7 @@ def of_pretrained(model: Any, name: str, overlay: Mapping[str, Any]) -> dict[str
 
 
 def of_checkpoint(state: Mapping[str, Any]) -> dict[str, str]:
-    """The origin that a checkpoint of train.py or an exported file records; that of the first run in a row of runs."""
+    """The origin that a checkpoint of train.py or an exported file records. Runs pass on that of the first."""
     found = state.get("origin", state.get("metadata"))
     return _known({key: found.get(key) for key in KEYS}) if isinstance(found, dict) else {}
 
