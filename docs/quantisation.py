@@ -55,8 +55,8 @@ def main() -> None:
     print("\n".join(rows))
 
 
-def forms(model: nn.Module, images: Tensor, folder: Path) -> dict[str, tuple[Run, float]]:
-    """By name, each form as a function, and its size in MiB; int8 follows the float32 that it is compared with."""
+def forms(model: nn.Module, images: Tensor, folder: Path) -> dict[str, tuple[Run, float, str]]:
+    """By name, each form as a function, its size in MiB, and the form that its speed is compared with."""
     quantised = copy.deepcopy(model)
     quantize_(quantised, Int8DynamicActivationInt8WeightConfig())
     whole, small = folder / "whole.onnx", folder / "small.onnx"
@@ -64,24 +64,23 @@ def forms(model: nn.Module, images: Tensor, folder: Path) -> dict[str, tuple[Run
     formats.write(model, str(whole), "onnx", size=(height, width), dynamic=["batch"])
     quantize_dynamic(whole, small, weight_type=QuantType.QInt8)
     return {
-        "torch, float32": (model, weights(model, folder)),
-        "torchao, int8": (quantised, weights(quantised, folder)),
-        "onnxruntime, float32": (session(whole), mib(whole)),
-        "onnxruntime, int8": (session(small), mib(small)),
+        "torch, float32": (model, weights(model, folder), "torch, float32"),
+        "torchao, int8": (quantised, weights(quantised, folder), "torch, float32"),
+        "onnxruntime, float32": (session(whole), mib(whole), "onnxruntime, float32"),
+        "onnxruntime, int8": (session(small), mib(small), "onnxruntime, float32"),
     }
 
 
-def compare(forms: dict[str, tuple[Run, float]], images: Tensor, targets: Tensor) -> list[str]:
-    found = {name: torch.cat([run(x) for x in images.split(50)]).argmax(1) for name, (run, _) in forms.items()}
+def compare(forms: dict[str, tuple[Run, float, str]], images: Tensor, targets: Tensor) -> list[str]:
+    found = {name: torch.cat([run(x) for x in images.split(50)]).argmax(1) for name, (run, *_) in forms.items()}
     times: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(TURNS):
-        for name, (run, _) in forms.items():
+        for name, (run, *_) in forms.items():
             start = time.perf_counter()
             run(images[:1])
             times[name].append(time.perf_counter() - start)
     rows = []
-    for name, (_, size) in forms.items():
-        base = next(other for other in forms if other.startswith(name.partition(",")[0]) or "ao" in name)
+    for name, (_, size, base) in forms.items():
         ratio = statistics.median(a / b for a, b in zip(times[base], times[name], strict=True))
         right, same = (100 * float((found[name] == of).float().mean()) for of in (targets, found["torch, float32"]))
         rows.append(

@@ -29,7 +29,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--scenes", type=int, default=2000, help="of the training; the evaluation has at most 500")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.scenes < BATCH:
+        parser.error(f"--scenes {args.scenes} is less than a batch; use at least {BATCH}")
+    return args
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ model.safetensors, config.json and README.md, which names the source, its licenc
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,11 @@ def convert(
 def _read(source: str, ema: bool) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The network of a source, the origin of its weights, and what `export.write_folder` is told of its run."""
     if ":" in source or timm.is_model(source):
+        if ema:
+            raise ValueError(f"--use-ema is of a checkpoint, and {source!r} is a name of timm: leave it out")
         named = build.from_timm(source, {"pretrained": True}, "SOURCE ")
         return named, origin.of_pretrained(named, source, {}), {}
-    if not Path(source).is_file():
+    if not os.path.isfile(source):  # which also takes names that are too long
         raise ValueError(
             f"SOURCE {source!r} is neither a model of timm nor a file; of a folder, write local-dir:FOLDER"
         )

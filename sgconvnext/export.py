@@ -15,6 +15,7 @@ complete it before you publish the folder.
 
 import argparse
 import json
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from timm.data import infer_imagenet_subset
+from timm.layers import to_2tuple
 from timm.models._hub import save_config_for_hf  # save_for_hf, which is public, writes no metadata
 from torch import nn
 
@@ -78,16 +80,21 @@ def export_file(args: argparse.Namespace) -> str:
     """
     formats.refuse(args.folder, args.format, args.img_size or (formats.STRIDE * 2,) * 2, args.dynamic, args.opset)
     model: Any
-    if Path(args.checkpoint).is_file():
+    if os.path.isfile(args.checkpoint):  # which also takes names that are too long
         model, config = build.trained_model(checkpoint.load(args.checkpoint), args.use_ema, args.checkpoint)
         own = data_config(config)["input_size"][1:]
+    elif args.use_ema:
+        raise ValueError(f"--use-ema is of a checkpoint, and {args.checkpoint!r} is no file: leave it out")
     else:
         model = build.from_timm(args.checkpoint, {"pretrained": ":" in args.checkpoint}, "CHECKPOINT ")
         own = model.pretrained_cfg["input_size"][1:]
     size = args.img_size or tuple(own)
     formats.refuse(args.folder, args.format, size, args.dynamic, args.opset)
     chosen = {"size": size, "dynamic": args.dynamic, "opset": args.opset, "half": args.half}
-    error = formats.write(model, args.folder, args.format, **chosen)
+    try:
+        error = formats.write(model, args.folder, args.format, **chosen)
+    except OSError as failed:
+        raise ValueError(f"OUT {args.folder!r} cannot be written ({failed.strerror}); name another") from failed
     mib = Path(args.folder).stat().st_size / 2**20
     return f"{args.folder}: {args.format}, {mib:.1f} MiB; its largest relative difference from PyTorch is {error:.1e}"
 
@@ -179,7 +186,7 @@ def write_folder(
 def data_config(config: Config) -> dict[str, Any]:
     """The run's preprocessing of validation images, in timm's words."""
     data = config.data
-    height, width = (data.img_size, data.img_size) if isinstance(data.img_size, int) else data.img_size
+    height, width = to_2tuple(data.img_size)
     return {
         "input_size": (3, height, width),
         "mean": data.mean,

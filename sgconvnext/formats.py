@@ -7,6 +7,7 @@ but matrix products stands in for the FFT.
 import copy
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,7 +38,7 @@ def refuse(out: str, kind: str, size: Sequence[int], dynamic: Sequence[str], ops
     if Path(out).suffix != suffix:
         raise ValueError(f"OUT {out!r} must end with {suffix}, as files of --format {kind} do")
     for path in (Path(out), Path(out).with_suffix(".bin")) if kind == "openvino" else (Path(out),):
-        if path.exists():
+        if os.path.lexists(path):
             raise ValueError(f"OUT {str(path)!r} exists; name another, or remove it")
     if min(size) < STRIDE:
         raise ValueError(f"--img-size {size[0]}x{size[1]} is below the stride; use at least {STRIDE}x{STRIDE}")
@@ -86,6 +87,7 @@ def write(
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".export", dir=target.parent) as name, torch.no_grad():
         beside = Path(name) / target.name
+        beside.touch()  # a name that the disk refuses fails here as an OSError, and not after the export
         _save(network, example, beside, kind, dynamic, opset)
         run = RUN[kind](beside)
         worst = 0.0

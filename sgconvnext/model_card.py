@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.layers import to_2tuple
 from timm.models._hub import generate_readme  # timm exports it nowhere else
 from torch import nn
 
@@ -76,7 +77,7 @@ def run_card(state: dict[str, Any], config: Config, model: nn.Module, ema: bool,
     details = {
         "Parameters": num_parameters(model),
         "GMACs": gmacs(model, config),
-        "Weights": f"{average}, after {state['epoch'] + 1} epochs of {config.epochs}",
+        "Weights": f"{average}, after " + _progress(state, f" of {config.epochs}"),
         "Started from": _start(config, origin),
         "Trained on": _data(state, config),
         "Results on the validation images": told or "none at this point of the run",
@@ -150,7 +151,9 @@ def run_settings(config: Config) -> dict[str, Any]:
     told: dict[str, Any] = without_folders({key: value for key, value in tree.items() if key not in UNTOLD})
     for section, key in (("data", "root"), ("model", "checkpoint")):  # also if they are not absolute
         if path := told.get(section, {}).get(key):
-            told[section][key] = Path(path).name
+            told[section][key] = Path(path).resolve().name
+    if file := told.get("model", {}).get("kwargs", {}).get("pretrained_cfg_overlay", {}).get("file"):
+        told["model"]["kwargs"]["pretrained_cfg_overlay"]["file"] = Path(file).name
     return told
 
 
@@ -163,7 +166,8 @@ def without_folders(value: Any) -> Any:
     if not isinstance(value, str) or "://" in value:
         return value
     scheme, colon, path = value.rpartition(":")
-    return scheme + colon + Path(path).name if os.path.isabs(path) or path.startswith("~") else value
+    is_path = scheme == "local-dir" or os.path.isabs(path) or path.startswith("~")
+    return scheme + colon + Path(path).name if is_path else value
 
 
 def _special(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
@@ -203,12 +207,23 @@ def _start(config: Config, origin: dict[str, str]) -> str:
 
 
 def _size(config: Config) -> tuple[int, int]:
-    size = config.data.img_size
-    return (size, size) if isinstance(size, int) else size
+    height, width = to_2tuple(config.data.img_size)
+    return height, width
 
 
 def _data_name(config: Config) -> str:
-    return config.data.dataset or Path(config.data.root).name  # no more of the path: it is of one machine
+    return config.data.dataset or Path(config.data.root).resolve().name  # no more of the path: it is of one machine
+
+
+def _updates(state: dict[str, Any]) -> int:
+    """Updates since the last epoch ended."""
+    return state.get("progress", {}).get("update", 0)
+
+
+def _progress(state: dict[str, Any], each: str) -> str:
+    """How far the run had come: the epochs that ended, what is to be told of them, and the updates since."""
+    updates = _updates(state)
+    return f"{state['epoch'] + 1} epochs{each}" + (f" and {updates} updates" if updates else "")
 
 
 def _images(state: dict[str, Any]) -> int:
@@ -225,7 +240,7 @@ def _data(state: dict[str, Any], config: Config) -> str:
 def _results(state: dict[str, Any], ema: bool) -> dict[str, float]:
     """Of the evaluation after the last update, if there was one: a checkpoint within an epoch has none of its own."""
     history, kind = state.get("history"), "ema" if ema else "val"
-    if not history or state.get("progress", {}).get("update") or f"{kind}_top1" not in history[-1]:
+    if not history or _updates(state) or f"{kind}_top1" not in history[-1]:
         return {}
     return {name: history[-1][f"{kind}_{name}"] for name in ("top1", "top5", "loss")}
 
@@ -233,9 +248,9 @@ def _results(state: dict[str, Any], ema: bool) -> dict[str, float]:
 def _training_cost(state: dict[str, Any], config: Config) -> str:
     """Epochs and images; hours by the rate of each epoch, and the devices of the run, as far as they are recorded."""
     images, facts, epochs = _images(state), state.get("facts", {}), state["epoch"] + 1
-    told = f"{epochs} epochs" + (f" x {images} images" if images else "")
+    told = _progress(state, f" x {images} images" if images else "")
     rates = [line.get("images_per_s") for line in state.get("history", [])]
-    if images and len(rates) == epochs and all(rates):
+    if images and rates and len(rates) == epochs and all(rates) and not _updates(state):
         seen = optim.updates_per_epoch(images, config.optim.global_batch) * config.optim.global_batch
         told += f", {sum(seen / rate for rate in rates) / 3600:.3g} hours of updates"
     if "processes" in facts and "device" in facts:

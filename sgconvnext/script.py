@@ -8,6 +8,7 @@ validate.py, benchmark.py, inference.py and onnx_export.py.
 """
 
 import argparse
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -17,9 +18,12 @@ from . import console
 
 def main() -> None:
     args = parse_args()
-    if not Path(args.script).is_file():
-        console.fail("sgconvnext.script", ValueError(f"script {args.script!r} is no file; give the path of a script"))
+    if not (os.path.isfile(args.script) and os.access(args.script, os.R_OK)):
+        error = ValueError(f"script {args.script!r} is no file that can be read; give the path of a script")
+        console.fail("sgconvnext.script", error)
     sys.argv = [args.script, *args.arguments]
+    if sys.path[0] == os.getcwd():  # which python -m puts there, and python SCRIPT does not
+        del sys.path[0]
     sys.path.insert(0, str(Path(args.script).resolve().parent))  # whose modules the script can import
     runpy.run_path(args.script, run_name="__main__")
 

@@ -270,6 +270,33 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: p
     assert not os.listdir(tmp_path / "folder")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sgconvnext_atto", "a.pt2", "--use-ema"], ["--use-ema", "leave it out"]),
+        (["x" * 300, "a.pt2"], ["xxx", "timm"]),
+        (["sgconvnext_atto", f"{'x' * 300}.pt2"], ["xxx", "cannot be written", "name too long"]),
+        (["sgconvnext_atto", "taken/a.pt2"], ["taken/a.pt2", "cannot be written", "name another"]),
+    ],
+    ids=["average of a name", "long checkpoint", "long file", "file in a file"],
+)
+def test_file_that_cannot_be_made_is_refused_in_one_line(
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
+    monkeypatch.setattr(sys, "argv", ["export.py", *arguments, "--format", "pt2", "--img-size", "32"])
+    with pytest.raises(SystemExit):
+        export.main()
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert all(word in told for word in words), told
+
+
 @pytest.mark.end_to_end
 def test_command_exports_and_refuses_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -65,7 +65,9 @@ def test_model_card_claims_nothing_that_was_not_measured(tmp_path: Path, uncount
         assert "none at this point of the run" in card.text
         assert not {"metrics", "model-index", "datasets", "base_model"} & card.data.to_dict().keys()
         assert "**GMACs:** unknown\n" in card.text
-        assert "**Cost of the training:** 5 epochs\n" in card.text
+        more = " and 3 updates" if number else ""
+        assert f"after 5 epochs of 2{more}\n" in card.text
+        assert f"**Cost of the training:** 5 epochs{more}\n" in card.text
     change(path, progress={"update": 0})
     assert (
         "none at this point of the run" in card_of(path, tmp_path / "ema", ema=True).text
@@ -121,6 +123,9 @@ def test_cost_of_the_training_is_what_the_checkpoint_records(tmp_path: Path, unc
     assert "5 epochs x 3650 images, 3 hours of updates, 2 processes on cuda\n" in text
     change(path, facts=facts, history=history[1:])  # an epoch without a rate
     assert "5 epochs x 3650 images, 2 processes on cuda\n" in card_of(path, tmp_path / "other").text
+    change(path, epoch=-1, history=[], progress={"update": 2})  # inside the first epoch
+    text = card_of(path, tmp_path / "first").text
+    assert "0 epochs x 3650 images and 2 updates, 2 processes on cuda\n" in text
 
 
 @pytest.mark.parametrize("dataset", ["hfds/somebody/flowers", "digits"])
@@ -179,12 +184,13 @@ def test_exported_folder_names_no_folder_of_this_machine(tmp_path: Path, uncount
         assert b"somebody" not in file.read_bytes(), file.name
 
 
-def test_settings_hold_no_folder_of_this_machine() -> None:
-    overlay = {"file": "/home/somebody/a.safetensors", "url": "https://host/b/c.pth"}
+@pytest.mark.parametrize("folder", ["/home/somebody", "../somebody"])
+def test_settings_hold_no_folder_of_this_machine(folder: str) -> None:
+    overlay = {"file": f"{folder}/a.safetensors", "url": "https://host/b/c.pth"}
     config = micro_config(
         **PATHS,
         **{
-            "model.name": "local-dir:/home/somebody/a",
+            "model.name": f"local-dir:{folder}/a",
             "model.checkpoint": "somebody/best.pth",
             "model.kwargs": MICRO | {"pretrained_cfg_overlay": overlay},
             "data.val_split": "~/somebody/val.tar",

@@ -1,5 +1,6 @@
 """A script that imports timm alone, with our models registered: in this process, and under torchrun."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -33,10 +34,11 @@ def path(tmp_path: Path) -> str:
 def test_script_is_main_and_gets_its_own_arguments(
     path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", [os.getcwd(), "/elsewhere", *sys.path])
     monkeypatch.setattr(sys, "argv", ["sgconvnext.script", path, "--model", "sgconvnext_atto"])
     script.main()
     assert capsys.readouterr().out == "found True sgconvnext_atto None\n"
+    assert sys.path[:2] == [str(Path(path).parent), "/elsewhere"]  # as python SCRIPT has it
 
 
 @pytest.mark.end_to_end
@@ -46,12 +48,13 @@ def test_processes_of_torchrun_have_the_models(path: str) -> None:
     assert sorted(done.stdout.splitlines()) == [f"found True sgconvnext_atto {rank}" for rank in range(2)]
 
 
-def test_missing_script_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["trian.py", "x" * 300, "."])
+def test_what_is_no_script_is_refused_in_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["sgconvnext.script", str(tmp_path / "trian.py")])
+    monkeypatch.setattr(sys, "argv", ["sgconvnext.script", str(tmp_path / name)])
     with pytest.raises(SystemExit, match="2"):
         script.main()
     told = capsys.readouterr().err
     assert told.count("\n") == 1
-    assert "trian.py" in told
+    assert "no file that can be read" in told

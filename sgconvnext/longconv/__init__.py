@@ -97,7 +97,8 @@ def long_conv_of_open_size(x: Tensor, taps: Tensor, backend: str = "auto") -> Te
     Args:
         x: the maps; L = H R.
         taps: as in `long_conv`.
-        backend: "auto" and "dft" are products of matrices, see `rows`: O(L (H + R)). "fft" is an FFT of 2L points.
+        backend: "auto" and "dft" are products of matrices, see `rows`: O(L (H + R)). "fft", "toeplitz" and
+            "reference" are as in `long_conv`.
 
     Returns:
         y (B, C, H, R).

@@ -13,12 +13,11 @@ All products are in float32 (float64 for float64). Nothing in it is larger than 
 2R x 2R for every channel, which a runtime would have to make anew in every call, where it cannot know H and R before.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dft import waves
 from .precision import full_precision
 
 
@@ -28,27 +27,18 @@ def convolve_rows(x: Tensor, taps: Tensor) -> Tensor:
     dtype = full_precision(x.dtype)
     x, taps = x.to(dtype), taps.to(dtype)
     rows, columns = torch.arange(-height, height, device=x.device), torch.arange(width, device=x.device)
-    across = torch.cat(_waves(columns, columns, 2 * width - 1, dtype), 1)  # (R, 2R), to the R frequencies
+    across = torch.cat(waves(columns, columns, 2 * width - 1, dtype), 1)  # (R, 2R), to the R frequencies
     kernel = _transform(F.pad(taps, (1, 0)).unflatten(-1, (2 * height, width)), across, rows, rows)
     real, imaginary = _transform(x, across, rows, rows[height:])
     parts = [real * kernel[0] - imaginary * kernel[1], real * kernel[1] + imaginary * kernel[0]]
-    down = _complex(*_waves(rows[height - 1 :], rows, 2 * height, dtype), sign=-1) / (2 * height)  # (2H+2, 4H)
+    down = _complex(*waves(rows[height - 1 :], rows, 2 * height, dtype), sign=-1) / (2 * height)  # (2H+2, 4H)
     sums = _beside(torch.matmul(down, torch.cat(parts, 2)), height + 1)  # (B, C, H+1, 2R); the first row is p = -1
     whole = torch.arange(2 * width - 1, device=x.device)
-    cosine, sine = _waves(columns, whole, 2 * width - 1, dtype)
+    cosine, sine = waves(columns, whole, 2 * width - 1, dtype)
     weight = (2 - (columns == 0).to(dtype))[:, None] / (2 * width - 1)  # frequency 0 counts once
     back = F.pad(torch.cat([weight * cosine, weight * sine], 0), (0, 1))  # an export takes no R - 1 that may be 1
     z = torch.matmul(sums, back)  # (B, C, H+1, 2R), the last column of zeros
     return z[:, :, 1:, :width] + z[:, :, :-1, width:]
-
-
-def _waves(left: Tensor, right: Tensor, points: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and minus sine of 2 pi i j / points."""
-    phase = left[:, None] * right
-    # exact, where angles would be rounded; the exporter to ONNX has no remainder for an open size
-    phase = phase - torch.div(phase, points, rounding_mode="floor") * points
-    angle = phase.to(dtype) * (2 * math.pi / points)
-    return angle.cos(), -angle.sin()
 
 
 def _complex(real: Tensor, imaginary: Tensor, sign: int = 1) -> Tensor:
@@ -67,6 +57,6 @@ def _transform(maps: Tensor, across: Tensor, frequencies: Tensor, rows: Tensor) 
     points, width = frequencies.shape[0], maps.shape[-1]
     spectrum = torch.matmul(maps, across)
     stacked = torch.cat([spectrum[..., :width], spectrum[..., width:]], -2)
-    down = _complex(*_waves(frequencies, rows, points, maps.dtype))
+    down = _complex(*waves(frequencies, rows, points, maps.dtype))
     both = torch.matmul(down, stacked)
     return both[..., :points, :], both[..., points:, :]

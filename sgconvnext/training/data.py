@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 from timm.data import ImageDataset, Mixup, create_dataset, create_transform
+from timm.layers import to_2tuple
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import FakeData
@@ -138,7 +139,7 @@ def _open(config: Config, train: bool) -> Any:
     if data.dataset == "digits":
         return Digits(train)
     if data.dataset == "synthetic":
-        size = (data.img_size, data.img_size) if isinstance(data.img_size, int) else data.img_size
+        size = to_2tuple(data.img_size)
         samples = samples or config.optim.global_batch
         return FakeData(samples, (3, *size), config.model.num_classes or 1000, random_offset=0 if train else 2**30)
     root = str(_existing(data, split, knob)) if data.dataset in FOLDERS else _named(data, split, knob)
