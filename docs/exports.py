@@ -47,7 +47,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             names = [f"sgconvnext_{size}", f"convnext_{size}"]
             files = [write(name, kind, dynamic, args.img_size, Path(folder)) for name in names]
-            sizes = " | ".join(f"{mib(file):.1f}" for file in files)
+            sizes = " | ".join(f"{formats.mib(file):.1f}" for file in files)
             runs = [formats.RUN[kind](file) for file in files]
             told = f"`{kind}`" + "".join(f", `--dynamic batch {word}`" for word in dynamic)
             for batch in args.batch:
@@ -62,11 +62,6 @@ def write(name: str, kind: str, dynamic: list[str], px: int, folder: Path) -> Pa
     file = folder / f"{name}{formats.SUFFIXES[kind]}"
     formats.write(timm.create_model(name), str(file), kind, size=(px, px), dynamic=["batch", *dynamic])
     return file
-
-
-def mib(file: Path) -> float:
-    parts = [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
-    return sum(part.stat().st_size for part in parts) / 2**20
 
 
 @torch.inference_mode()

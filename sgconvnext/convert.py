@@ -46,7 +46,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("source", metavar="SOURCE", help="timm's name of a model with weights, or a file")
     parser.add_argument("folder", metavar="FOLDER", type=console.path, help="to write; it must hold no weights yet")
     parser.add_argument(
-        "--img-size", type=int, nargs="+", metavar="PX", help="pixels that the kernels are built for (the source's)"
+        "--img-size",
+        type=console.size,
+        metavar="PX",
+        help="224 or 256x192, that the kernels are built for (the source's)",
     )
     parser.add_argument("--use-ema", action="store_true", help="of a checkpoint: the average of the weights")
     parser.add_argument(
@@ -58,14 +61,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def convert(
-    source: str, folder: str, img_size: list[int] | None = None, ema: bool = False, to_convnext: bool = False
+    source: str, folder: str, img_size: tuple[int, int] | None = None, ema: bool = False, to_convnext: bool = False
 ) -> str:
     """Write the converted network of a source.
 
     Args:
         source: timm's name of a model with weights, or a file.
         folder: made if it is not there.
-        img_size: one or two numbers: pixels that the kernels are built for; None for the source's.
+        img_size: H, W in pixels that the kernels are built for; None for the source's.
         ema: of a checkpoint, the average of the weights.
         to_convnext: from SGConvNeXt to ConvNeXt.
 
@@ -80,12 +83,17 @@ def convert(
         raise ValueError(
             f"--img-size={max(img_size)} must be at most {LARGEST}: the kernels have a tap for every token"
         )
-    before, start, of_run = _read(source, ema)
-    if to_convnext:
-        after, error = conversion.to_convnext(before)
-    else:
-        sized = {"img_size": tuple(img_size) if len(img_size) > 1 else img_size[0]} if img_size else {}
-        after, error = conversion.convert(conversion.convnext(before), **sized)
+    try:
+        before, start, of_run = _read(source, ema)
+        if to_convnext:
+            after, error = conversion.to_convnext(before)
+        else:
+            after, error = conversion.convert(
+                conversion.convnext(before), **({"img_size": img_size} if img_size else {})
+            )
+    except ValueError as wrong:
+        told = str(wrong)
+        raise ValueError(told if repr(source) in told else f"SOURCE {source!r}: {told}") from wrong
     arguments = {key: value for key, value in after._model_args.items() if key != "num_classes"}
     name = after.pretrained_cfg["architecture"]
     metadata = start | {"format": "pt", "arch": name, "timm_model_args": json.dumps(arguments)}

@@ -1,6 +1,7 @@
-"""Write the weights of a checkpoint of train.py as safetensors, in timm's folder layout.
+"""Write a checkpoint of train.py as safetensors in timm's folder layout, or a network as a file for a runtime.
 
     python -m sgconvnext.export runs/digits/best.pth exported/digits [--use-ema]
+    python -m sgconvnext.export runs/digits/best.pth digits.onnx --format onnx --dynamic batch
 
     import sgconvnext, timm
     model = timm.create_model("local-dir:exported/digits", pretrained=True)
@@ -10,7 +11,7 @@
 
 The folder holds model.safetensors, config.json and README.md. config.json has the architecture with its arguments, the
 preprocessing of the validation, and the names of the classes if the data has names. README.md is a model card;
-complete it before you publish the folder.
+complete it before you publish the folder. docs/export.md tells what the files for runtimes hold.
 """
 
 import argparse
@@ -20,19 +21,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save
 from timm.data import infer_imagenet_subset
 from timm.layers import to_2tuple
+from timm.models import split_model_name_tag
 from timm.models._hub import save_config_for_hf  # save_for_hf, which is public, writes no metadata
 from torch import nn
 
 from . import console, formats, model_card
+from .models.input_size import STEM_STRIDE
+from .models.layer import SGConv2d
 from .training import build, checkpoint, origin
 from .training.config import Config
 from .training.data import class_names
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # timm's names
+SUFFIXES = (".pth", ".safetensors")  # of files that are no names of timm, even if they are not there
 
 
 @console.interruptible()
@@ -42,7 +48,8 @@ def main() -> None:
         if args.format == "safetensors":
             told = export_checkpoint(args.checkpoint, args.folder, args.use_ema)
         else:
-            told = export_file(args)
+            sizes = {"size": args.img_size, "dynamic": args.dynamic, "opset": args.opset, "half": args.half}
+            told = export_file(args.checkpoint, args.folder, args.format, args.use_ema, **sizes)
     except ValueError as error:
         console.fail("sgconvnext.export", error)
     console.tell("sgconvnext.export", told + "\n")
@@ -55,10 +62,13 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "checkpoint", type=console.path, help="last.pth or best.pth of a run; or timm's name of a model"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=console.path,
+        help="last.pth or best.pth of a run; for the file of a runtime also timm's name of a model",
     )
     parser.add_argument(
-        "folder", type=console.path, help="folder to write, or the file of another format; not there yet"
+        "folder", metavar="OUT", type=console.path, help="folder to write, or the file for a runtime; not there yet"
     )
     parser.add_argument("--use-ema", action="store_true", help="export the average of the weights")
     parser.add_argument("--format", choices=["safetensors", *formats.SUFFIXES], default="safetensors")
@@ -67,36 +77,61 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--opset", type=console.count, help=f"of ONNX ({formats.OPSET})")
     parser.add_argument("--half", action="store_true", help="write float16")
     args = parser.parse_args()
+    if args.format == "safetensors" and (suffix := Path(args.folder).suffix) in formats.SUFFIXES.values():
+        kind = next(kind for kind, own in formats.SUFFIXES.items() if own == suffix)
+        parser.error(f"OUT {args.folder!r} would be a folder; add --format {kind} for a file, or name a folder")
     if args.format == "safetensors" and (args.img_size or args.dynamic or args.opset or args.half):
         parser.error("--img-size, --dynamic, --opset and --half need another --format than safetensors")
     return args
 
 
-def export_file(args: argparse.Namespace) -> str:
-    """Write the file that the arguments name, and tell how far it is from PyTorch.
+def export_file(
+    source: str, out: str, kind: str, ema: bool = False, *, size: tuple[int, int] | None = None, **options: Any
+) -> str:
+    """Write a network as a file for a runtime, and compare the two.
+
+    Args:
+        source: checkpoint of train.py, or timm's name of a model; with a tag, or from the hub, it has weights.
+        out, kind: the file, and its format of `formats.SUFFIXES`.
+        ema: the EMA's weights of a checkpoint instead of the model's.
+        size: H, W of the images; None for the model's own.
+        options: dynamic, opset and half of `formats.write`.
+
+    Returns:
+        one line: what was written, and how far it is from PyTorch.
 
     Raises:
         ValueError: no such model, or what `formats.refuse` and `formats.write` refuse.
     """
-    formats.refuse(args.folder, args.format, args.img_size or (formats.STRIDE * 2,) * 2, args.dynamic, args.opset)
-    model: Any
-    if os.path.isfile(args.checkpoint):  # which also takes names that are too long
-        model, config = build.trained_model(checkpoint.load(args.checkpoint), args.use_ema, args.checkpoint)
-        own = data_config(config)["input_size"][1:]
-    elif args.use_ema:
-        raise ValueError(f"--use-ema is of a checkpoint, and {args.checkpoint!r} is no file: leave it out")
-    else:
-        model = build.from_timm(args.checkpoint, {"pretrained": ":" in args.checkpoint}, "CHECKPOINT ")
-        own = model.pretrained_cfg["input_size"][1:]
-    size = args.img_size or tuple(own)
-    formats.refuse(args.folder, args.format, size, args.dynamic, args.opset)
-    chosen = {"size": size, "dynamic": args.dynamic, "opset": args.opset, "half": args.half}
+    # before anything is built; of the model's own size, formats.write knows
+    formats.refuse(out, kind, size or (formats.STRIDE * 2,) * 2, options["dynamic"], options["opset"])
+    model, own, remark = _network(source, ema)
     try:
-        error = formats.write(model, args.folder, args.format, **chosen)
+        error = formats.write(model, out, kind, size=size or own, **options)
     except OSError as failed:
-        raise ValueError(f"OUT {args.folder!r} cannot be written ({failed.strerror}); name another") from failed
-    mib = Path(args.folder).stat().st_size / 2**20
-    return f"{args.folder}: {args.format}, {mib:.1f} MiB; its largest relative difference from PyTorch is {error:.1e}"
+        raise ValueError(f"OUT {out!r} cannot be written ({failed.strerror}); name another") from failed
+    return (
+        f"{out}: {kind}, {formats.mib(Path(out)):.1f} MiB; its largest relative difference from PyTorch is "
+        f"{error:.1e}{remark}"
+    )
+
+
+def _network(source: str, ema: bool) -> tuple[nn.Module, tuple[int, int], str]:
+    """The network of a source, H and W of its images, and what is to be told of its weights."""
+    model: Any
+    if ":" not in source and (os.path.exists(source) or "/" in source or source.endswith(SUFFIXES)):
+        model, config = build.trained_model(checkpoint.load(source), ema, source)
+        height, width = to_2tuple(config.data.img_size)
+        return model, (height, width), ""
+    if ema:
+        raise ValueError(f"--use-ema is of a checkpoint, and {source!r} is no file: leave it out")
+    pretrained = ":" in source or bool(split_model_name_tag(source)[1])
+    model = build.from_timm(source, {"pretrained": pretrained}, "CHECKPOINT ")
+    _, height, width = model.pretrained_cfg["input_size"]
+    layer = next((module for module in model.modules() if isinstance(module, SGConv2d)), None)
+    if layer is not None:  # what it is built for, which timm does not record
+        height, width = (STEM_STRIDE * side for side in layer.input_size)
+    return model, (height, width), "" if pretrained else "; its weights are random"
 
 
 def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
@@ -114,6 +149,10 @@ def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
         ValueError: no checkpoint, one without configuration or EMA, or a folder that is taken or not writable.
     """
     refuse_taken(folder)
+    if not os.path.exists(path) and (":" in path or timm.is_model(path)):
+        raise ValueError(
+            f"{path!r} is timm's name of a model; name a checkpoint, or a --format other than safetensors"
+        )
     state = checkpoint.load(path)
     model, config = build.trained_model(state, ema, path)
     start = origin.of_checkpoint(state)
@@ -132,8 +171,8 @@ def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
     except OSError as error:
         raise ValueError(f"folder {folder!r} cannot be written ({error.strerror}); name another") from error
     return (
-        f"{metadata['weights']} weights of {metadata['arch']}, epoch {metadata['epoch']}, are in {folder}; load them: "
-        f"import sgconvnext, timm; timm.create_model('local-dir:{folder}', pretrained=True)"
+        f"{metadata['weights']} weights of {metadata['arch']}, after {state['epoch'] + 1} epochs, are in {folder}; "
+        f"load them: import sgconvnext, timm; timm.create_model('local-dir:{folder}', pretrained=True)"
     )
 
 
@@ -179,6 +218,7 @@ def write_folder(
         written.get("model_args", {}).pop("num_classes", None)
         (beside / CONFIG).write_text(json.dumps(written, indent=2))
         (beside / CARD).write_text(card)
+        refuse_taken(path)  # another export may have been faster
         for file in (CARD, CONFIG, WEIGHTS):
             (beside / file).replace(folder / file)
 

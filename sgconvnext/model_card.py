@@ -42,10 +42,12 @@ TRAINING = """
 
 ## Training
 
-`run.yaml` has the settings of the run that are not the defaults of SGConvNeXt {version}:
+The settings of the run that are not the defaults of SGConvNeXt {version}; save them as `run.yaml`:
 
 ```yaml
 {settings}```
+
+Then train again, in a checkout of SGConvNeXt:
 
 ```sh
 {launcher} train.py run.yaml
@@ -90,7 +92,7 @@ def run_card(state: dict[str, Any], config: Config, model: nn.Module, ema: bool,
     again = TRAINING.format(
         version=__version__,
         settings=yaml.safe_dump(run_settings(config), sort_keys=False, default_flow_style=None, width=119),
-        launcher=f"torchrun --nproc-per-node={processes}" if processes else "python",
+        launcher=f"torchrun --nproc-per-node={processes}" if (processes or 1) > 1 else "python",
     )
     return card(model, description, details, origin, again, **_front(config, results, source["architecture"]))
 
@@ -115,7 +117,7 @@ def card(
     wrapped = "import sgconvnext, transformers" if ours else "import transformers"
     content: dict[str, Any] = {
         "description": description,
-        "details": details,
+        "details": {name: " ".join(told.replace("`", "'").split()) for name, told in details.items()},  # a line each
         "usage": USAGE.format(imports=imports, wrapped=wrapped) + more,
     }
     text = generate_readme(content | ({"citation": SGCONV} if arch.startswith("sgconvnext_") else {}), arch)

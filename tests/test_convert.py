@@ -60,7 +60,7 @@ def test_preprocessing_and_classes_of_the_run_go_with_it(tmp_path: Path) -> None
 
 def test_there_and_back_are_the_same_weights(tmp_path: Path) -> None:
     path, model, _ = run_of_convnext(tmp_path)
-    convert(path, str(tmp_path / "there"), img_size=[128])
+    convert(path, str(tmp_path / "there"), img_size=(128, 128))
     there = timm.create_model(f"local-dir:{tmp_path / 'there'}", pretrained=True)
     assert there.stages[0].blocks[0].sgconv.input_size == (32, 32)
     told = convert(f"local-dir:{tmp_path / 'there'}", str(tmp_path / "back"), to_convnext=True)
@@ -89,21 +89,19 @@ def test_what_cannot_be_converted_leaves_no_folder(tmp_path: Path) -> None:
     with refused("a.pth", "cannot be read"):
         convert(str(tmp_path / "a.pth"), folder)
     path, _, _ = trained(tmp_path)
-    with refused("sgconvnext_atto is no ConvNeXt of timm, but of the class SGConvNeXt"):
+    with refused(f"SOURCE {path!r}: sgconvnext_atto is no ConvNeXt of timm, but of the class SGConvNeXt"):
         convert(path, folder)
     torch.save(timm.create_model("sgconvnext_atto_gap3", **TINY).state_dict(), tmp_path / "ours.pth")
     with refused("is of an SGConvNeXt", "local-dir:FOLDER"):
         convert(str(tmp_path / "ours.pth"), folder, to_convnext=True)
     with refused("--img-size=99999 must be at most 4096"):
-        convert(path, folder, img_size=[99999])
+        convert(path, folder, img_size=(224, 99999))
     with refused("row_gap=0"):
         convert(path, folder, to_convnext=True)
     assert not Path(folder).exists()
     with refused("SOURCE", "local-dir:FOLDER"):
         convert(str(tmp_path), folder)
     path, _, _ = run_of_convnext(tmp_path)
-    with refused("img_size=(64, 64, 3)"):
-        convert(path, folder, [64, 64, 3])
     convert(path, folder)
     with refused("already holds model.safetensors"):
         convert(path, folder)

@@ -151,8 +151,8 @@ def parse_module(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parse_pip(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("[tool")[0]
-    [names] = re.fullmatch(r"install -e \.\[([\w,]+)\]", " ".join(arguments)).groups()  # type: ignore[union-attr]
-    assert all(re.search(rf"^{extra} = ", extras, re.MULTILINE) for extra in names.split(","))
+    [names] = re.fullmatch(r"install -e \.(?:\[([\w,]+)\])?", " ".join(arguments)).groups("")  # type: ignore[union-attr]
+    assert all(re.search(rf"^{extra} = ", extras, re.MULTILINE) for extra in filter(None, names.split(",")))
 
 
 def parse_docs(script: str) -> Callable[..., None]:

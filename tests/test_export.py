@@ -54,7 +54,7 @@ def test_timm_loads_the_same_weights_bit_for_bit(ema: bool, tmp_path: Path) -> N
     path, model, average = trained(tmp_path)
     folder = str(tmp_path / "new" / "folder")
     told = export_checkpoint(path, folder, ema)
-    assert f"{'ema' if ema else 'model'} weights of sgconvnext_atto, epoch 4" in told
+    assert f"{'ema' if ema else 'model'} weights of sgconvnext_atto, after 5 epochs" in told
     assert f"timm.create_model('local-dir:{folder}', pretrained=True)" in told
     assert_same(load(folder), average if ema else model)
     assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
@@ -277,24 +277,60 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: p
         (["x" * 300, "a.pt2"], ["xxx", "timm"]),
         (["sgconvnext_atto", f"{'x' * 300}.pt2"], ["xxx", "cannot be written", "name too long"]),
         (["sgconvnext_atto", "taken/a.pt2"], ["taken/a.pt2", "cannot be written", "name another"]),
+        (["none.pth", "a.pt2"], ["checkpoint 'none.pth' does not exist"]),
+        (["run", "a.pt2"], ["checkpoint 'run' cannot be read", "folder"]),
+        (["convnext_atto.d2_in1k", "a.pt2"], ["convnext_atto.d2_in1k", "cannot be built"]),
     ],
-    ids=["average of a name", "long checkpoint", "long file", "file in a file"],
+    ids=[
+        "average of a name",
+        "long checkpoint",
+        "long file",
+        "file in a file",
+        "no file",
+        "folder",
+        "unreachable tag",
+    ],
 )
 def test_file_that_cannot_be_made_is_refused_in_one_line(
     arguments: list[str],
     words: list[str],
     tmp_path: Path,
+    hub: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").touch()
+    (tmp_path / "run").mkdir()
     monkeypatch.setattr(sys, "argv", ["export.py", *arguments, "--format", "pt2", "--img-size", "32"])
     with pytest.raises(SystemExit):
         export.main()
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert all(word in told for word in words), told
+
+
+def test_file_for_a_runtime_needs_its_format_and_random_weights_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["export.py", "sgconvnext_atto", "a.pt"])
+    with pytest.raises(SystemExit):
+        export.main()
+    assert "OUT 'a.pt' would be a folder; add --format torchscript" in capsys.readouterr().err
+    told = export.export_file(
+        "sgconvnext_atto", "a.pt", "torchscript", size=(32, 32), dynamic=[], opset=None, half=False
+    )
+    assert "its weights are random" in told
+
+
+def test_file_of_a_folder_takes_the_size_that_its_kernels_are_built_for(tmp_path: Path) -> None:
+    model: Any = timm.create_model("sgconvnext_atto", num_classes=3, **MICRO)
+    model.set_input_size((64, 96))
+    timm.models.save_for_hf(model, str(tmp_path / "folder"), safe_serialization=True)
+    out = str(tmp_path / "a.pt")
+    export.export_file(f"local-dir:{tmp_path / 'folder'}", out, "torchscript", dynamic=[], opset=None, half=False)
+    assert torch.jit.load(out)(torch.randn(1, 3, 64, 96)).shape == (1, 3)
 
 
 @pytest.mark.end_to_end

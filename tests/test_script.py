@@ -58,3 +58,14 @@ def test_what_is_no_script_is_refused_in_one_line(
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "no file that can be read" in told
+
+
+def test_script_runs_as_python_runs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "script.py"
+    path.write_text("import sys; print(*sys.argv, __file__)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sgconvnext.script", "script.py", "--", "-x", "--help"])
+    script.main()
+    assert capsys.readouterr().out == f"{path} -- -x --help {path}\n"

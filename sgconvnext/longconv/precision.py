@@ -10,7 +10,12 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Leave autocast for the device of x: the backend, not autocast, decides the dtype of each product."""
     device = x.device.type
     # the meta device has no autocast; torch.amp.is_autocast_available would tell, but torch 2.6 cannot compile it
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    if device == "meta":
+        return nullcontext()
+    # nor has a file of ONNX, and torch.export takes twice as long for what is in such a block
+    if torch.onnx.is_in_onnx_export() and not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def full_precision(dtype: torch.dtype) -> torch.dtype:

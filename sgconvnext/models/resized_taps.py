@@ -34,17 +34,18 @@ def _like_resized(taps: Tensor, built_height: int, built_width: int, height: int
 
 @operator("resized_taps", fake=_like_resized)
 def _resized(taps: Tensor, built_height: int, built_width: int, height: int, width: int, row_gap: int) -> Tensor:
+    """Taps (C, 2L-1), or (C, L) when causal, of the map (H, W) from those of the built map."""
     return resize_taps(taps, (built_height, built_width), (height, width), row_gap).contiguous()
 
 
-def _like_built(
+def _like_backward(
     dresized: Tensor, num_taps: int, built_height: int, built_width: int, height: int, width: int, row_gap: int
 ) -> Tensor:
     return dresized.new_empty((dresized.shape[0], num_taps))
 
 
-@operator("resized_taps_backward", fake=_like_built)
-def _built(
+@operator("resized_taps_backward", fake=_like_backward)
+def _resized_backward(
     dresized: Tensor, num_taps: int, built_height: int, built_width: int, height: int, width: int, row_gap: int
 ) -> Tensor:
     """The adjoint of `_resized`: the gradient of the built taps."""
@@ -67,4 +68,4 @@ class _Resized(Function):
 
     @staticmethod
     def backward(ctx: Any, dresized: Tensor) -> tuple[Tensor | None, ...]:
-        return _built(dresized, *ctx.options), None, None, None, None, None
+        return _resized_backward(dresized, *ctx.options), None, None, None, None, None

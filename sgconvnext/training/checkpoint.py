@@ -1,6 +1,7 @@
 """Checkpoint files in timm's keys: written whole or not at all, checked when read, and no code in them is run."""
 
 import argparse
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -53,9 +54,9 @@ def load(path: str | Path) -> dict[str, Any]:
         ValueError: there is no such file, it is not what its checksum says, or it is no checkpoint.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir fails for names that are too long
         raise ValueError(f"checkpoint {str(path)!r} cannot be read: {not_a_checkpoint.folder_reason(path)}")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"checkpoint {str(path)!r} does not exist; name a .pth file that a run has written")
     real = path.resolve()  # last.pth and best.pth are links
     try:

@@ -27,7 +27,7 @@ def test_operator_and_its_adjoint_equal_the_definition(size: tuple[int, int], ga
     assert torch.equal(*(torch.autograd.grad(y, taps, dy)[0] for y in (got, want)))
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(resized_taps._resized, (taps.detach(), *BUILT, *size, gap), test_utils=checks)
-    torch.library.opcheck(resized_taps._built, (dy, taps.shape[1], *BUILT, *size, gap), test_utils=checks)
+    torch.library.opcheck(resized_taps._resized_backward, (dy, taps.shape[1], *BUILT, *size, gap), test_utils=checks)
 
 
 @pytest.mark.parametrize("gap", [0, 2])
