@@ -23,6 +23,7 @@ from training_helpers import only_line
 from sgconvnext.profile import flops
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have us, and the runs that we start, ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell, of what it starts behind its back
 torch.set_num_threads(1)  # the tensors are tiny: on a busy machine threads would mostly wait for each other
 
 

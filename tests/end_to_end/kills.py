@@ -130,9 +130,10 @@ def straight(folder: Path, processes: int) -> str:
     return fingerprint(run.out / "last.pth")
 
 
-def survive(folder: Path, kills: int, processes: int, seed: int, script: tuple[str, ...] = ("train.py",)) -> list[str]:
-    """Kill a run so many times; it must end as if nothing had happened. Returns what was done."""
-    want = straight(folder / "straight", processes)
+def survive(
+    folder: Path, kills: int, processes: int, seed: int, want: str, script: tuple[str, ...] = ("train.py",)
+) -> list[str]:
+    """Kill a run so many times; it must end with the fingerprint ``want`` of `straight`. Returns what was done."""
     chance, done = random.Random(seed), []
     while len(done) < kills:
         place = Path(tempfile.mkdtemp(prefix="killed-", dir=folder))
@@ -149,9 +150,8 @@ def survive(folder: Path, kills: int, processes: int, seed: int, script: tuple[s
     return done
 
 
-def restart(folder: Path, kills: int, seed: int) -> str:
+def restart(folder: Path, kills: int, seed: int, want: str) -> str:
     """SIGKILL one of two processes so many times under one torchrun --max-restarts. Returns its log."""
-    want = straight(folder / "straight", 2)
     place = folder / "restarted"
     place.mkdir()
     run, chance, log = Killed(place, 2), random.Random(seed), place / "run.log"
@@ -180,4 +180,6 @@ if __name__ == "__main__":
     given = parser.parse_args()
     print(f"seed {given.seed}")  # noqa: T201
     with tempfile.TemporaryDirectory() as temporary:
-        print("\n".join(survive(Path(temporary), given.kills, given.processes, given.seed)))  # noqa: T201
+        folder = Path(temporary)
+        unkilled = straight(folder / "straight", given.processes)
+        print("\n".join(survive(folder, given.kills, given.processes, given.seed, unkilled)))  # noqa: T201
