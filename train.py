@@ -18,8 +18,9 @@ import contextlib
 import logging
 from pathlib import Path
 
-from sgconvnext import console  # sgconvnext registers its models with timm
-from sgconvnext.training import build, data, distributed, engine, optim, preflight, resume, rng, run_folder
+import sgconvnext  # registers its models with timm
+from sgconvnext import console
+from sgconvnext.training import backends, build, data, distributed, engine, optim, preflight, resume, rng, run_folder
 from sgconvnext.training.config import Config, describe, load_config
 from sgconvnext.training.run import Run, create_training, failing_in_one_line
 
@@ -67,6 +68,7 @@ def prepare(config: Config, world: distributed.World) -> Run:
     run = Run(training, folder, train_split, val_split)
     if found is not None:
         resume.take_up(run, found)
+    run.tuning = backends.settle(training, run.tuning, sgconvnext.tune)
     world.on_each(lambda: preflight.look_ahead(training, train_split, val_split))
     return run
 

@@ -7,4 +7,8 @@ from .models.layer import SGConv, SGConv2d
 from .models.sgconvnext import SGConvNeXt
 
 __version__ = "0.1.0"
-__all__ = ["SGConv", "SGConv2d", "SGConvNeXt", "__version__", "from_convnext"]
+
+from .profile.tune import tune  # its tables tell the version
+from .tuning import Tuning
+
+__all__ = ["SGConv", "SGConv2d", "SGConvNeXt", "Tuning", "__version__", "from_convnext", "tune"]

@@ -1,8 +1,12 @@
-"""Which backend is the fastest, as measured: ``python -m sgconvnext.profile ops`` measures it again."""
+"""Which backend is the fastest: as `sgconvnext.tune` measured it here, or else by the thresholds below.
+
+``python -m sgconvnext.profile ops`` measures these again.
+"""
 
 import torch
 from torch import Tensor
 
+from . import tuned
 from .context import is_open, is_recorded, is_traced_to_onnx
 from .triton import toeplitz as triton_toeplitz
 
@@ -21,7 +25,9 @@ TOEPLITZ = (
 TRITON = 4096
 
 
-def choose_backend(x: Tensor, backend: str = "auto", length: int | None = None, one_length: bool = True) -> str:
+def choose_backend(
+    x: Tensor, backend: str = "auto", length: int | None = None, one_length: bool = True, frozen: bool = False
+) -> str:
     """The backend that runs for a signal (B, C, L). "auto" is the fastest, by B, L, dtype and device of x.
 
     Args:
@@ -29,11 +35,13 @@ def choose_backend(x: Tensor, backend: str = "auto", length: int | None = None, 
         backend: "auto", or what is to run.
         length: L; None for that of x.
         one_length: whether this length comes again and again, so that it is worth compiling Triton's programs for it.
+        frozen: whether the taps are fixed.
 
     Returns:
-        The name. In an export that leaves L open, "auto" is "dft". In an export to ONNX by tracing, which has no FFT,
-        it is "toeplitz" or "dft", whichever has fewer products. On an H100 or H200 in half precision, by autocast too,
-        it is "triton" up to `TRITON` samples, except in exports. Elsewhere it is "toeplitz" or "fft".
+        The name. What `sgconvnext.tune` measured goes before all else, except in exports. In an export that leaves L
+        open, "auto" is "dft". In an export to ONNX by tracing, which has no FFT, it is "toeplitz" or "dft", whichever
+        has fewer products. On an H100 or H200 in half precision, by autocast too, it is "triton" up to `TRITON`
+        samples, except in exports. Elsewhere it is "toeplitz" or "fft".
     """
     if backend != "auto":
         return backend
@@ -42,6 +50,8 @@ def choose_backend(x: Tensor, backend: str = "auto", length: int | None = None, 
         return "dft"
     if is_traced_to_onnx():
         return "toeplitz" if length <= 64 else "dft"
+    if not is_recorded() and (measured := tuned.choice(x, length, frozen)):
+        return measured
     # in this order: a comparison of a symbolic length is a bound for torch.export
     compiled = x.device.type == "cuda" and one_length and not is_recorded() and _is_timed(x.device.index)
     if compiled and triton_toeplitz.refusal(x) is None and length <= TRITON:

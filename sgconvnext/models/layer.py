@@ -55,12 +55,12 @@ def _convolve(layer: Any, x: Tensor, size: tuple[int, ...]) -> Tensor:
 
     Inference with fixed taps on a CPU keeps what the backend makes of them (spectra, a matrix) for the last size.
     """
-    backend = choose_backend(x, layer.backend, one_length=layer.is_built_for(size))
-    if layer.taps is None or torch.is_grad_enabled() or not runs_eagerly_on_cpu(x):
+    frozen = layer.taps is not None
+    backend = choose_backend(x, layer.backend, one_length=layer.is_built_for(size), frozen=frozen)
+    if not frozen or torch.is_grad_enabled() or not runs_eagerly_on_cpu(x):
         return long_conv(x, layer._taps_for(size), backend)
-    length, dtype = x.shape[-1], x.dtype
-    key = size, dtype, backend
-    return kept(layer, key, [layer.taps], lambda: freeze(layer._taps_for(size), length, dtype, backend))(x)
+    key, length = (size, x.dtype, backend), x.shape[-1]
+    return kept(layer, key, [layer.taps], lambda: freeze(layer._taps_for(size), length, x.dtype, backend))(x)
 
 
 @register_notrace_module
@@ -258,8 +258,8 @@ class SGConv2d(KernelGenerator):
         self.input_size = (height, width)
         self.row_gap = row_gap
         self.dilation = dilation
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.register_parameter("bias", nn.Parameter(torch.empty(channels, **dd)) if bias else None)
+        offset = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", offset)
         # None: N and d follow from the input size
         self.num_scales = None if self_scaled and row_gap > 0 else int(self.weight.shape[1])
         self.reset_parameters()
@@ -304,11 +304,10 @@ class SGConv2d(KernelGenerator):
     @torch.jit.ignore
     def backend_for(self, x: Tensor) -> str:
         """The backend that convolves a map (B, C, H, W)."""
-        if self.backend != "auto":
-            return self.backend
         height, width = (-(-size // self.dilation) for size in x.shape[2:])
-        length = height * (width + self.row_gap)
-        return choose_backend(x, length=length, one_length=self.is_built_for((height, width)))
+        length, frozen = height * (width + self.row_gap), self.taps is not None
+        built = self.is_built_for((height, width))
+        return choose_backend(x, self.backend, length=length, one_length=built, frozen=frozen)
 
     @torch.jit.ignore
     def is_built_for(self, size: tuple[int, int]) -> bool:

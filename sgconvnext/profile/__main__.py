@@ -4,6 +4,7 @@
     python -m sgconvnext.profile throughput convnext_tiny sgconvnext_tiny --batch 1 8 --run eager compiled
     python -m sgconvnext.profile ops --batch 1 8
     python -m sgconvnext.profile ops sgconvnext_tiny_gap3
+    python -m sgconvnext.profile tune sgconvnext_tiny --batch 8 --save here.json
     python -m sgconvnext.profile scaling convnext_tiny sgconvnext_tiny
     python -m sgconvnext.profile tiles
 
@@ -14,6 +15,7 @@ after Ctrl-C, and 1 if a measurement failed or a result is wrong.
 """
 
 import argparse
+import functools
 import itertools
 import logging
 import math
@@ -28,10 +30,11 @@ import sgconvnext  # noqa: F401  registers the models with timm
 
 from .. import console, figure
 from ..errors import is_out_of_memory
-from . import flops, ops, plot, scaling, throughput, tiles
+from ..tuning import Choice, Tuning
+from . import flops, ops, plot, scaling, throughput, tiles, tune
 from .session import Session
 from .table import STYLES, Table, environment, render
-from .workload import DTYPES, EAGER, WAYS, Workload
+from .workload import DTYPES, EAGER, WAYS, Workload, network
 
 PROGRAM = "sgconvnext.profile"
 Parser = argparse.ArgumentParser
@@ -99,6 +102,24 @@ def run_ops(args: argparse.Namespace, session: Session) -> list[Table]:
         for batch, (channels, height, width, gap), mode in itertools.product(args.batch, shapes(args), args.mode)
     ]
     return [ops.table(layers, session)]
+
+
+def run_tune(args: argparse.Namespace, session: Session) -> list[Table]:
+    if args.save and not Path(args.save).resolve().parent.is_dir():
+        raise ValueError(f"--save {args.save!r} is in no folder; make it, or name another file")
+    choices: list[Choice] = []
+
+    def measure(spec: str, work: Workload) -> None:
+        model, images, autocast = network(spec, work)
+        with autocast:
+            choices.extend(tune.tune(model, images).choices)
+
+    for spec, [work] in itertools.product(args.models, workloads(args, args.batch, [args.img_size])):
+        session.attempt(f"{spec}, {work}", functools.partial(measure, spec, work))
+    found = Tuning(choices, tune.facts(torch.device(args.device)))
+    if args.save and choices:
+        found.save(args.save)
+    return [found.table()]
 
 
 def run_scaling(args: argparse.Namespace, session: Session) -> list[Table]:
@@ -175,6 +196,7 @@ def parse_args() -> argparse.Namespace:
         ("flops", _flops, "count parameters, MACs, FLOPs and activations, by part and stage"),
         ("throughput", _throughput, "measure the speed and memory of models, run in several ways"),
         ("ops", _ops, "check and time every backend of the long convolution beside a 7x7 convolution"),
+        ("tune", _tune, "check and time the backends on the convolutions of models, and save the fastest"),
         ("scaling", _scaling, "measure how speed and memory of models change with the resolution"),
         ("tiles", _tiles, "time the tiles of the Triton programs on a GPU, to choose the fastest"),
     ):
@@ -224,6 +246,19 @@ def _ops(sub: Parser) -> None:
     sub.set_defaults(measure=run_ops)
 
 
+def _tune(sub: Parser) -> None:
+    _add_models(sub)
+    _add_size(sub)
+    _add_batches(sub, [1, 8])
+    sub.add_argument("--reparameterize", action="store_true", help="with fixed taps; for inference only")
+    sub.add_argument("--channels-last", action="store_true", help="run in channels-last memory format")
+    sub.add_argument("--save", type=console.path, metavar="JSON", help="write the choices, for sgconvnext.Tuning.load")
+    _add_machine(sub, ["inference", "training"])
+    _add_output(sub)
+    clock = {"rounds": tune.ROUNDS, "round_seconds": tune.ROUND_S, "seconds": math.inf}
+    sub.set_defaults(measure=run_tune, run=[[]], compile=False, **clock)
+
+
 def _scaling(sub: Parser) -> None:
     _add_models(sub)
     sizes = [(side, side) for side in (128, 224, 384, 512, 1024)]
@@ -269,6 +304,11 @@ def _add_ways(sub: Parser) -> None:
 
 
 def _add_timing(sub: Parser, modes: list[str], round_seconds: float) -> None:
+    _add_machine(sub, modes)
+    _add_clock(sub, 5, round_seconds)
+
+
+def _add_machine(sub: Parser, modes: list[str]) -> None:
     text = f"inference: forward; training: also backward and, for models, the optimiser's step ({' '.join(modes)})"
     sub.add_argument("--mode", nargs="+", choices=("inference", "training"), default=modes, help=text)
     sub.add_argument("--dtype", choices=DTYPES, default="fp32", help="half precision is by autocast (fp32)")
@@ -276,7 +316,6 @@ def _add_timing(sub: Parser, modes: list[str], round_seconds: float) -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is a GPU (auto)"
     )
     sub.add_argument("--threads", type=console.count, metavar="N", help="CPU threads (torch's choice)")
-    _add_clock(sub, 5, round_seconds)
 
 
 def _add_clock(sub: Parser, rounds: int, round_seconds: float) -> None:

@@ -80,30 +80,34 @@ def settle_backends() -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def prepare(spec: str, work: Workload) -> Step:
-    """Build a model and its images, and return one step of the work."""
+def network(spec: str, work: Workload) -> tuple[Any, Tensor, torch.autocast]:
+    """A model in the mode of the work, images for it, and the autocast to run it under."""
     settle_backends()
     torch.manual_seed(0)
     device = torch.device(work.device)
     layout = torch.channels_last if work.channels_last else torch.contiguous_format
     model: Any = build.from_spec(spec, work.img_size).to(device).to(memory_format=layout)
     images = random_images(model, work.batch, work.img_size).to(device, memory_format=layout)
-    run = torch.compile(model, dynamic=False) if work.compile else model
+    if work.reparameterize:
+        reparameterize_model(model, inplace=True)
     autocast = torch.autocast(device.type, DTYPES[work.dtype], enabled=work.dtype != "fp32")
+    return model.train(work.mode == "training"), images, autocast
+
+
+def prepare(spec: str, work: Workload) -> Step:
+    """Build a model and its images, and return one step of the work."""
+    model, images, autocast = network(spec, work)
+    run = torch.compile(model, dynamic=False) if work.compile else model
 
     def infer() -> None:
         with torch.inference_mode(), autocast:
             run(images)
 
     if work.mode == "inference":
-        if work.reparameterize:
-            reparameterize_model(model, inplace=True)
-        model.eval()
         return infer
-    model.train()
     # so small that hundreds of steps on the same images leave the weights, and so the work, as they were
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-7, weight_decay=0.05)
-    targets = torch.arange(work.batch, device=device) % model.num_classes
+    targets = torch.arange(work.batch, device=images.device) % model.num_classes
 
     def train() -> None:
         with autocast:

@@ -147,8 +147,7 @@ def state(run: "Run", ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "facts": run.facts,
         "class_to_idx": run.class_to_idx,
     }
-    if run.origin:
-        state["origin"] = run.origin
+    state |= {key: value for key, value in (("origin", run.origin), ("tuning", run.tuning)) if value}
     return state if t.ema is None else state | {"state_dict_ema": t.ema.module.state_dict()}
 
 
@@ -170,7 +169,7 @@ def take_up(run: "Run", path: Path) -> None:
     optim.load_state(t.optimizer, state["optimizer"])
     if state["amp_scaler"]:
         t.scaler.load_state_dict(state["amp_scaler"])
-    run.origin = origin.of_checkpoint(state)
+    run.origin, run.tuning = origin.of_checkpoint(state), state.get("tuning")
     run.progress, run.history = engine.Progress(**state["progress"]), state["history"]
     if path.parent.resolve() == run.folder.path.resolve():  # else the best epoch was another folder's
         run.best = state["best"]

@@ -84,6 +84,7 @@ class Run:
         self.drawn: dict[str, Any] | None = None  # random numbers at the epoch's start
         self.drawn_now: dict[str, Any] | None = None  # and where a resumed epoch goes on
         self.origin: dict[str, str] = getattr(training.model, "origin", {})  # of the weights that the run started from
+        self.tuning: dict[str, Any] | None = None  # the backends that were measured, see `backends.settle`
         self.saver = Saver(folder, self.world, self.config.save)
         self.watch: Watch | None = None  # of rank 0
         self.began: tuple[float, int] | None = None  # when this process began to train, and the updates done by then

@@ -321,6 +321,12 @@ def test_families_are_told_apart_by_name_and_arguments() -> None:
             ["throughput", *["convnext_atto"] * 5, "--run", "compiled", "compiled+channels-last"],
             ["torch.compile", "--group 4"],
         ),
+        "save": (["tune", "convnext_atto", "--save", "no/a.json"], ["--save 'no/a.json'", "no folder"]),
+        "nothing to tune": (["tune", "convnext_atto"], ["nothing was measured", "no SGConv layer"]),
+        "fixed taps": (
+            ["tune", "sgconvnext_atto", "--reparameterize", "--mode", "training"],
+            ["--reparameterize", "inference"],
+        ),
         "no time": (["ops", "--seconds", "1e-9"], ["nothing was measured", "inference of 1 x 96 x 56 x 56"]),
     }.values(),
     ids=str,
@@ -338,7 +344,8 @@ def test_cuda_that_is_not_there_is_refused(refusal: Run, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "command", [["ops"], ["throughput", "convnext_atto"], ["scaling", "convnext_atto"], ["tiles"]]
+    "command",
+    [["ops"], ["throughput", "convnext_atto"], ["tune", "sgconvnext_atto"], ["scaling", "convnext_atto"], ["tiles"]],
 )
 def test_a_gpu_is_used_where_there_is_one(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["profile", *command])

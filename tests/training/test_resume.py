@@ -169,7 +169,7 @@ def test_knobs_that_may_change_are_these() -> None:
     assert {
         *("out", "resume", "allow_change", "model.checkpoint", "model.checkpoint_ema", "model.new_head"),
         *("model.pretrained", "data.root", "data.download", "data.workers", "data.pin_memory"),
-        *("data.max_unreadable", "run.device", "run.cudnn_benchmark", "run.max_skips", "run.log_every"),
+        *("data.max_unreadable", "run.device", "run.cudnn_benchmark", "run.tune", "run.max_skips", "run.log_every"),
         *("save.every", "save.keep", "save.max_failures", "watch.tensorboard", "watch.wandb"),
     } == resume.FREE
     assert {"out", "resume", "model.checkpoint", "data.root", "data.workers", "data.pin_memory"} == resume.LOCAL

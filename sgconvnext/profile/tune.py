@@ -1,0 +1,205 @@
+"""Measure which backend of the long convolution is the fastest on this machine, and let "auto" take it.
+
+In the manner of torch.backends.cudnn.benchmark, but only when asked:
+
+    model = timm.create_model("sgconvnext_tiny").cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        tuning = sgconvnext.tune(model.train(), images)
+    tuning.save("h100.json")
+
+    sgconvnext.Tuning.load("h100.json").use()  # on the same machine, later
+"""
+
+import functools
+from collections.abc import Callable
+from datetime import date
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import is_out_of_memory, one_line
+from ..longconv import available_backends, check, choose_backend, freeze, long_conv, tuned
+from ..tuning import TIE, Choice, Tuning
+from .table import environment
+from .timing import Step, rounds_of
+
+ROUNDS, ROUND_S = 5, 0.1  # of each backend
+SLOW = 2.0  # times the fastest: a backend that takes so long once is not timed again
+MATRIX_LIMIT = 2**30  # bytes; a backend that would build more L x L matrices is left out
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # relative
+
+
+def tune(model: nn.Module, batch: Tensor) -> Tuning:
+    """Check and time every backend for the convolutions of a model, and let "auto" take the fastest from now on.
+
+    The output, and in training the gradients, of every backend are first compared with the definition in float64. One
+    that is wrong on this device is left out, and told. The convolutions, their batch and dtype are those of a forward
+    pass with these images: call it as you will call the model, under autocast if you use it. A model in training
+    mode is measured forward and backward, any other one forward, after `reparameterize_model` with fixed taps.
+
+    The choices hold in this process, for every model, and for batches from half to twice this one. Outputs with and
+    without them agree to rounding. Exports do not look at them.
+
+    Args:
+        model: with layers whose backend is "auto".
+        batch: images (B, C, H, W), on the model's device.
+
+    Returns:
+        what was measured; its `save` keeps it.
+
+    Raises:
+        ValueError: the model asks for no backend.
+    """
+    asked = _asked(model, batch)
+    if not asked:
+        raise ValueError(f"{type(model).__name__} has no SGConv layer with backend='auto'; give an SGConvNeXt")
+    with torch.random.fork_rng(devices=[batch.device] if batch.is_cuda else []):
+        choices = [_measure(each, batch.device) for each in asked]
+    return Tuning(choices, facts(batch.device)).use()
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """What measurements depend on: device, versions, threads, and the date."""
+    found = environment(device, "") | {"date": date.today().isoformat()}
+    return {key: value for key, value in found.items() if key != "command"}
+
+
+def _asked(model: nn.Module, batch: Tensor) -> list[tuned.Asked]:
+    """The different convolutions of a forward pass, which changes nothing in the model."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # draws no random numbers, and moves no running mean
+    try:
+        with tuned.listening() as asked, torch.no_grad():
+            getattr(model, "_orig_mod", model).forward(batch)  # not compiled, to be quick
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if model.training:
+        asked = [each._replace(convolution=each.convolution._replace(work="training")) for each in asked]
+    return list(dict.fromkeys(asked))
+
+
+def _measure(asked: tuned.Asked, device: torch.device) -> Choice:
+    """Check the backends, time those that are right, and choose."""
+    which, batch = asked.convolution, asked.batch
+    x, dy = (_signal(asked, device) for _ in range(2))
+    taps = torch.randn(which.channels, 2 * which.length - 1, device=device, dtype=_taps_dtype(asked.dtype))
+    errors: dict[str, dict[str, float]] = {}
+    left_out: dict[str, str] = {}
+    steps: dict[str, Step] = {}
+    for name in available_backends(x):
+        if name == "reference":
+            continue  # the definition itself
+        if name == "toeplitz" and 4 * which.channels * which.length**2 > MATRIX_LIMIT:
+            left_out[name] = "its matrices are too large"
+            continue
+        try:
+            errors[name] = _errors(name, which, x, taps, dy)
+            if told := _wrong(errors[name], which.dtype):
+                left_out[name] = told
+            else:
+                steps[name] = _step(name, which, x, taps, dy)
+        except Exception as error:  # of a compiler, a driver, the memory: the others may work
+            left_out[name] = "out of memory" if is_out_of_memory(error) else f"fails: {one_line(error)[:200]}"
+    shipped = _shipped(x, which)
+    seconds, slow = _times(steps, shipped, device)
+    return Choice(
+        device=which.device,
+        dtype=str(which.dtype).partition(".")[2],
+        channels=which.channels,
+        length=which.length,
+        work=which.work,
+        batch=batch,
+        backend=_fastest(seconds, shipped),
+        shipped=shipped,
+        seconds=seconds,
+        errors=errors,
+        left_out=left_out | slow,
+    )
+
+
+def _fastest(seconds: dict[str, float], shipped: str) -> str:
+    """The shipped choice, unless it was left out or another one is faster by more than a tie."""
+    fastest = min(seconds, key=seconds.__getitem__, default=shipped)
+    keep = shipped in seconds and seconds[shipped] <= TIE * seconds[fastest]
+    return shipped if keep else fastest
+
+
+def _signal(asked: tuned.Asked, device: torch.device) -> Tensor:
+    """Normal noise (B, C, L), in the dtype and layout that the network's signals have."""
+    channels, length = asked.convolution.channels, asked.convolution.length
+    if asked.channels_last:
+        return torch.randn(asked.batch, length, channels, device=device).to(asked.dtype).transpose(1, 2)
+    return torch.randn(asked.batch, channels, length, device=device).to(asked.dtype)
+
+
+def _taps_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Parameters under autocast stay in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _shipped(x: Tensor, which: tuned.Convolution) -> str:
+    """What "auto" takes without a measurement."""
+    measured = dict(tuned._TUNED)
+    tuned.forget()
+    try:
+        return choose_backend(x, frozen=which.work == "frozen")
+    finally:
+        tuned._TUNED.update(measured)
+
+
+def _errors(name: str, which: tuned.Convolution, x: Tensor, taps: Tensor, dy: Tensor) -> dict[str, float]:
+    if which.work == "training":
+        return check.errors(functools.partial(long_conv, backend=name), x, taps, dy)
+    return check.error_of_output(_forward(name, which, x, taps), x, taps)
+
+
+def _forward(name: str, which: tuned.Convolution, x: Tensor, taps: Tensor) -> Callable[[Tensor], Tensor]:
+    """The convolution with these taps, as `models.layer` runs it."""
+    if which.work == "frozen" and which.device == "cpu":
+        return freeze(taps, which.length, x.dtype, name)
+    return functools.partial(long_conv, taps=taps, backend=name)
+
+
+def _wrong(errors: dict[str, float], dtype: torch.dtype) -> str:
+    """What is wrong with a backend of these errors, or nothing."""
+    if all(error <= TOLERANCE[dtype] for error in errors.values()):
+        return ""
+    return "wrong, " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+
+
+def _step(name: str, which: tuned.Convolution, x: Tensor, taps: Tensor, dy: Tensor) -> Step:
+    """Forward, or forward and both gradients."""
+    if which.work != "training":
+        forward = _forward(name, which, x, taps)
+
+        def infer() -> None:
+            with torch.no_grad():
+                forward(x)
+
+        return infer
+    x, taps = x.detach().requires_grad_(), taps.detach().requires_grad_()
+
+    def train() -> None:
+        with torch.enable_grad():
+            y = long_conv(x, taps, name)
+            torch.autograd.grad(y, [x, taps], dy.to(y.dtype))
+
+    return train
+
+
+def _times(steps: dict[str, Step], shipped: str, device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds by name, in alternating turns; and, of those that are slow at their first turn, that they are.
+
+    The fastest turn counts: what else the machine does only adds to it.
+    """
+    once = {name: min(next(rounds_of([step], device, ROUND_S))[0]) for name, step in steps.items()}
+    limit = SLOW * min(once.values(), default=0.0)
+    raced = [name for name in steps if once[name] <= limit or name == shipped]
+    seconds = {name: once[name] for name in raced}
+    if len(raced) > 1:
+        rounds = rounds_of([steps[name] for name in raced], device, ROUND_S)
+        by_name = zip(*(next(rounds) for _ in range(ROUNDS)), strict=True)
+        seconds = {name: min(map(min, own)) for name, own in zip(raced, by_name, strict=True)}
+    return seconds, {name: f"slow, {1000 * once[name]:.3g} ms" for name in steps if name not in seconds}

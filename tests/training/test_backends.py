@@ -1,0 +1,126 @@
+"""A run measures its backends, keeps what it chose in its checkpoints, and repeats it when it is resumed."""
+
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers import refused
+from torch import Tensor, nn
+from training_helpers import fingerprint, metrics, micro_config, micro_model, micro_run, training
+
+import sgconvnext
+from sgconvnext.longconv import tuned
+from sgconvnext.profile import tune as measuring
+from sgconvnext.training import backends, checkpoint, engine
+from sgconvnext.tuning import Choice, Tuning
+
+RunHere = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def _untuned() -> Iterator[None]:
+    tuned.forget()
+    yield
+    tuned.forget()
+
+
+@pytest.fixture
+def dft_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        measuring, "_times", lambda steps, *_: ({name: 1.0 if name == "dft" else 2.0 for name in steps}, {})
+    )
+
+
+def stop_in_update(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = engine.train_update
+
+    def update(t: engine.Training, batches: Any, progress: engine.Progress, lr: float) -> Any:
+        if progress.update + 1 == number:
+            t.stop.received = signal.SIGTERM
+        return original(t, batches, progress, lr)
+
+    monkeypatch.setattr(engine, "train_update", update)
+
+
+def never(model: nn.Module, batch: Tensor) -> Tuning:
+    raise AssertionError("measured")
+
+
+def test_run_that_tunes_says_so_keeps_it_and_repeats_it(
+    dft_is_fastest: None,
+    run_here: RunHere,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    plain = micro_run(run_here, tmp_path / "plain", epochs=2)
+    assert "backend: " not in caplog.text
+    assert "tuning" not in checkpoint.load(plain / "last.pth")
+
+    whole = micro_run(run_here, tmp_path / "whole", epochs=2, **{"run.tune": True})
+    told = [line for line in caplog.messages if line.startswith("backend: ")]
+    assert told[0] == "backend: 8 channels x 64 samples, batch 16, float32, training: dft, 2.00 times as fast as fft"
+    assert len(told) == 8  # a training step and an evaluation of four stages
+    assert len(checkpoint.load(whole / "last.pth")["tuning"]["choices"]) == 8
+    assert fingerprint(whole / "last.pth") != fingerprint(plain / "last.pth")
+    assert metrics(whole)[-1]["train_loss"] == pytest.approx(metrics(plain)[-1]["train_loss"], rel=1e-3)
+
+    with monkeypatch.context() as patched:
+        stop_in_update(3, patched)
+        with pytest.raises(SystemExit, match=r"^143$"):
+            micro_run(run_here, tmp_path / "stopped", epochs=2, **{"run.tune": True})
+    tuned.forget()
+    monkeypatch.setattr(sgconvnext, "tune", never)
+    out = micro_run(run_here, tmp_path / "stopped", "resume=auto", epochs=2)  # without the knob
+    assert fingerprint(out / "last.pth") == fingerprint(whole / "last.pth")
+    assert checkpoint.load(out / "last.pth")["tuning"] == checkpoint.load(out / "checkpoint-0000-000003.pth")["tuning"]
+
+
+def choices_of(device: str) -> dict[str, Any]:
+    choice = Choice(
+        device="cpu",
+        dtype="float32",
+        channels=8,
+        length=64,
+        work="training",
+        batch=16,
+        backend="dft",
+        shipped="fft",
+    )
+    return Tuning([choice], {"device": device}).state()
+
+
+def test_choices_of_another_device_are_told_and_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    t = training(micro_config())
+    assert backends.settle(t, choices_of("Abacus"), never) is None
+    assert "were measured on Abacus, not here" in caplog.text
+    assert not tuned._TUNED
+
+
+@pytest.mark.parametrize("tune", [None, False])
+def test_cpu_is_measured_only_when_asked(tune: bool | None) -> None:
+    assert backends.settle(training(micro_config(**{"run.tune": tune})), None, never) is None
+
+
+def test_model_without_a_layer_that_asks_is_refused_only_when_asked() -> None:
+    other = timm.create_model("resnet10t", num_classes=10)
+    assert backends.settle(training(micro_config(), other), None, never) is None
+    with refused("ResNet has no SGConv layer"):
+        backends.settle(training(micro_config(**{"run.tune": True}), other), None, sgconvnext.tune)
+
+
+def test_measuring_changes_no_mode_weight_or_random_number() -> None:
+    config = micro_config(**{"run.tune": True, "optim.batch_per_device": 2, "optim.global_batch": 2})
+    t = training(config, micro_model(config).eval())
+    before, drawn = [value.clone() for value in t.model.state_dict().values()], torch.get_rng_state()
+    assert backends.settle(t, None, sgconvnext.tune) is not None
+    assert not t.model.training
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(a, b) for a, b in zip(before, t.model.state_dict().values(), strict=True))
