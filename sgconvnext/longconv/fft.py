@@ -69,16 +69,34 @@ def _chunks(x: Tensor) -> Iterator[tuple[slice, list[slice]]]:
         yield slice(first, first + width), [slice(i, i + images) for i in range(0, batch, images)]
 
 
+class _Padded:
+    """Transforms of chunks of one signal. The zeros behind the samples are written once, not for every chunk."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.length, self.n = x.shape[-1], fft_length(x.shape[-1])
+        self.memory = torch.empty(0, dtype=full_precision(x.dtype), device=x.device)
+
+    def transform(self, part: Tensor) -> Tensor:
+        """The spectrum (b, c, n/2+1) of signals (b, c, L)."""
+        size = part.shape[0] * part.shape[1] * self.n
+        if self.memory.numel() < size:  # the first chunk is the largest
+            self.memory = self.memory.new_zeros(size)
+        rows = self.memory[:size].view(part.shape[0], part.shape[1], self.n)
+        rows[..., : self.length] = part  # in the dtype of the transform
+        return torch.fft.rfft(rows)
+
+    def back(self, spectrum: Tensor) -> Tensor:
+        """The signals of a spectrum."""
+        return torch.fft.irfft(spectrum, self.n)[..., : self.length]
+
+
 def _convolve(x: Tensor, spectrum_of: Callable[[slice], Tensor]) -> Tensor:
     """x (B, C, L) convolved with taps, given by a function from a slice of channels to their spectra (c, n/2+1)."""
-    length, dtype = x.shape[-1], full_precision(x.dtype)
-    n = fft_length(length)
-    y = torch.empty_like(x)
+    y, padded = torch.empty_like(x), _Padded(x)
     for channels, batch in _chunks(x):
         spectrum = spectrum_of(channels)
         for images in batch:
-            transformed = torch.fft.rfft(x[images, channels].to(dtype), n)
-            y[images, channels] = torch.fft.irfft(transformed.mul_(spectrum), n)[..., :length]
+            y[images, channels] = padded.back(padded.transform(x[images, channels]).mul_(spectrum))
     return y
 
 
@@ -102,21 +120,20 @@ def _conv(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
 
 def _correlate(x: Tensor, dy: Tensor, num_taps: int, dx: Tensor | None = None, taps: Tensor | None = None) -> Tensor:
     """The gradient of the taps. If dx and the taps are given, the gradient of x is written into dx."""
-    length = x.shape[-1]
-    n, dtype = fft_length(length), full_precision(x.dtype)
+    length, dtype, padded = x.shape[-1], full_precision(x.dtype), _Padded(x)
     dtaps = torch.zeros(x.shape[1], num_taps, dtype=dtype, device=x.device)  # zero without images
     with without_autocast(x):
         for channels, batch in _chunks(x):
             spectrum = None if taps is None else _spectrum(taps[channels].to(dtype), length).conj()
             correlation: Tensor | None = None
             for images in batch:
-                transformed = torch.fft.rfft(dy[images, channels].to(dtype), n)
-                if dx is not None:
-                    dx[images, channels] = torch.fft.irfft(transformed * spectrum, n)[..., :length]
-                product = transformed.mul_(torch.fft.rfft(x[images, channels].to(dtype), n).conj()).sum(0)
+                transformed = padded.transform(dy[images, channels])
+                if dx is not None and spectrum is not None:
+                    dx[images, channels] = padded.back(transformed * spectrum)
+                product = transformed.mul_(padded.transform(x[images, channels]).conj_physical_()).sum(0)
                 correlation = product if correlation is None else correlation.add_(product)
             if correlation is not None:
-                dtaps[channels] = torch.fft.irfft(correlation, n).roll(num_taps - length, -1)[..., :num_taps]
+                dtaps[channels] = torch.fft.irfft(correlation, padded.n).roll(num_taps - length, -1)[..., :num_taps]
     return dtaps
 
 

@@ -32,7 +32,7 @@ def fused_forward(block: Any, x: Any) -> Form | None:
     A form calls modules with other shapes, or not at all. So gate, norm and MLP must be those of the block, which work
     token by token, and nobody may watch or replace what is inside: no hooks, no forward of their own. `triton_form`
     needs a convolution that Triton runs. The forms for a CPU need eager execution, and no transform or tracer at work.
-    Packed weights also need inference in float32, after `reparameterize`.
+    Packed weights also need inference in float32, or under autocast in bfloat16, after `reparameterize`.
     """
     if not _is_known(block):
         return None
@@ -41,15 +41,25 @@ def fused_forward(block: Any, x: Any) -> Form | None:
     if not runs_eagerly_on_cpu(x) or x.numel() == 0:
         return None
     infers = not torch.is_grad_enabled() and getattr(block.sgconv, "taps", None) is not None
-    plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and not _drops(block)
-    if not infers or not plain:
+    dtype = _packed_dtype(x) if infers and not _drops(block) else None
+    if dtype is None:
         forget(block)  # an optimiser's step may follow, or the weights have another dtype now
     if _is_hooked(block):
         return None
-    mlp = packed(block) if infers and plain else None
+    mlp = packed(block, dtype) if dtype is not None else None
     if mlp is not None:
         return functools.partial(packed_form, mlp=mlp)
+    if torch.is_autocast_enabled("cpu") and torch.is_inference_mode_enabled():
+        return None  # autocast keeps no weights there: every chunk would cast them again
     return chunked_form if x.shape[0] * x.shape[2] * x.shape[3] > CHUNK_TOKENS else None
+
+
+def _packed_dtype(x: Tensor) -> torch.dtype | None:
+    """In which dtype `packed` may take the weights for x: float32, or autocast's bfloat16."""
+    if not torch.is_autocast_enabled("cpu"):
+        return torch.float32 if x.dtype == torch.float32 else None
+    halved = torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.dtype in (torch.float32, torch.bfloat16)
+    return torch.bfloat16 if halved else None
 
 
 def fused_chain(blocks: nn.Sequential, x: Any) -> Callable[[Any, Tensor], Tensor] | None:

@@ -13,7 +13,7 @@ from .kept import forget, kept
 
 
 class PackedMlp(NamedTuple):
-    """x + gamma * Linear(GELU(Linear(y))), of tokens y and shortcuts x (tokens, C) in float32, as two operators.
+    """x + gamma * Linear(GELU(Linear(y))), of tokens y and shortcuts x (tokens, C), as two operators.
 
     A gate before the norm is one more.
 
@@ -25,6 +25,7 @@ class PackedMlp(NamedTuple):
     hidden: tuple[Tensor, Tensor]  # weight and bias
     output: tuple[Tensor, Tensor]
     gate: tuple[Tensor, Tensor] | None
+    gamma: Tensor | None = None  # where it is not in the weights
 
     def gated(self, tokens: Tensor, normed: Tensor) -> Tensor:
         """y * (1 + W LN(x) + b) of tokens y and LN(x)."""
@@ -33,17 +34,22 @@ class PackedMlp(NamedTuple):
         return result
 
     def __call__(self, tokens: Tensor, shortcut: Tensor) -> Tensor:
-        onednn = torch.ops.mkldnn
-        hidden = onednn._linear_pointwise(tokens, *self.hidden, "gelu", [], "none")  # "none": the exact GELU
-        result: Tensor = onednn._linear_pointwise.binary(hidden, shortcut, *self.output, "add")
-        return result
+        onednn, dtype = torch.ops.mkldnn, self.hidden[1].dtype
+        hidden = onednn._linear_pointwise(tokens.to(dtype), *self.hidden, "gelu", [], "none")  # the exact GELU
+        if dtype == torch.float32:
+            result: Tensor = onednn._linear_pointwise.binary(hidden, shortcut, *self.output, "add")
+            return result
+        branch = onednn._linear_pointwise(hidden, *self.output, "none", [], "")
+        return shortcut + (branch if self.gamma is None else branch * self.gamma)  # in float32, as without packing
 
 
-def packed(block: Any) -> PackedMlp | None:
-    """The block's MLP with packed weights, which take as much memory again. They are kept until the weights change.
+def packed(block: Any, dtype: torch.dtype) -> PackedMlp | None:
+    """The block's MLP with packed weights in a dtype, kept until the weights change.
 
-    None where the operators would not do the same: outside float32 on a CPU that has oneDNN, or if the MLP is anything
-    but two Linears with biases and a GELU. What is kept is then freed.
+    In float32 they take as much memory again, in bfloat16, for autocast, half of it.
+
+    None where the operators would not do the same: for weights that are not in float32 on a CPU that has oneDNN, a
+    gate in bfloat16, or if the MLP is anything but two Linears with biases and a GELU. What is kept is then freed.
     """
     mlp, gamma, gate = block.mlp, block.gamma, block.gate
     known = _is_known(mlp) and (gate is None or type(gate.linear) is nn.Linear)
@@ -58,8 +64,10 @@ def packed(block: Any) -> PackedMlp | None:
             weights["gamma"] = gamma
         if gate is not None:
             weights |= {"gate": gate.linear.weight, "gate_bias": gate.linear.bias}
-        if all(map(_is_plain, weights.values())) and _works():
-            return kept(block, None, list(weights.values()), lambda: _pack(**weights))
+        able = _works() if dtype == torch.float32 else gate is None and _works_in_half()
+        if all(map(_is_plain, weights.values())) and able:
+            pack = _pack if dtype == torch.float32 else _pack_half
+            return kept(block, dtype, list(weights.values()), lambda: pack(**weights))
     forget(block)
     return None
 
@@ -99,6 +107,32 @@ def _pack(
         (_laid_out(output), bias.detach()),
         None if gate is None or gate_bias is None else (_laid_out(gate), 1 + gate_bias),
     )
+
+
+@torch.no_grad()
+def _pack_half(
+    hidden: Tensor, hidden_bias: Tensor, output: Tensor, bias: Tensor, gamma: Tensor | None = None
+) -> PackedMlp:
+    """In bfloat16. gamma stays apart, in float32, as it does under autocast."""
+    weights = [tensor.to(torch.bfloat16) for tensor in (hidden, hidden_bias, output, bias)]
+    scale = None if gamma is None else gamma.detach()
+    return PackedMlp((_laid_out(weights[0]), weights[1]), (_laid_out(weights[2]), weights[3]), None, scale)
+
+
+@functools.cache
+def _works_in_half() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices itself, and the operators compute what they did in 2.14."""
+    capable = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if capable is None or not capable() or not _works():
+        return False
+    with _disable_current_modes():
+        unit, bias = torch.eye(2, device="cpu", dtype=torch.float32), torch.zeros(2, device="cpu", dtype=torch.float32)
+        x = torch.ones(1, 2, device="cpu", dtype=torch.float32)
+        try:
+            got = _pack_half(unit, bias, unit, bias)(x, x)
+        except (AttributeError, TypeError, RuntimeError):
+            return False
+        return got.dtype == torch.float32 and torch.allclose(got, x + F.gelu(x), rtol=1e-2)
 
 
 @functools.cache

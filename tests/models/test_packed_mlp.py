@@ -92,6 +92,48 @@ def test_packed_mlp_follows_a_mixer_with_a_gap_and_a_bias(images: int) -> None:
     assert images == 0 or relative_error(y, exact(block, x)) <= 2e-6
 
 
+needs_bf16 = pytest.mark.skipif(not packed_mlp._works_in_half(), reason="this CPU has no products in bfloat16")
+
+
+@needs_bf16
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("ls_init_value", [0.5, 1e-6, None])
+@pytest.mark.parametrize("images", [1, 2, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_mlp_of_autocast_is_as_exact_as_the_mlp(
+    dtype: torch.dtype, images: int, ls_init_value: float | None, layout: torch.memory_format
+) -> None:
+    block, x = fixed_block(ls_init_value), torch.randn(images, *SHAPE[1:]).to(dtype).to(memory_format=layout)
+    if ls_init_value == 1e-6:
+        x = x * 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x).detach()  # with gradients, so not packed
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            packed = block(x)
+    assert block in _KEPT
+    assert (packed.dtype, packed.shape) == (y.dtype, y.shape)
+    want = exact(block, x)
+    errors = [relative_error(each.double() - x.double(), want) for each in (packed, y)]
+    assert errors[0] <= max(1.2 * errors[1], 8e-3)
+    assert errors[0] <= 2e-2
+    assert not torch.equal(packed, y)  # its hidden layer is rounded once less
+
+
+@needs_bf16
+def test_packed_weights_follow_the_dtype_of_autocast() -> None:
+    block, x = fixed_block(), torch.randn(SHAPE)
+    with torch.no_grad():
+        block(x)
+        assert _KEPT[block].value.hidden[1].dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            block(x)
+        assert _KEPT[block].value.hidden[1].dtype == torch.bfloat16
+        nn.init.zeros_(block.mlp.fc2.weight)
+        nn.init.zeros_(block.mlp.fc2.bias)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(block(x), x)
+
+
 def test_no_image_is_no_output() -> None:
     assert branch(fixed_block(), torch.randn(0, *SHAPE[1:])).shape == (0, *SHAPE[1:])
 
@@ -235,7 +277,7 @@ def test_what_the_operators_cannot_do_is_not_packed(
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # which that switch also sets
 def test_switches_are_heeded() -> None:
     block, x = fixed_block(), torch.randn(SHAPE)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         branch(block, x)
     with torch.backends.mkldnn.flags(enabled=False):
         branch(block, x)
