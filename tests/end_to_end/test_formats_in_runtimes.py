@@ -13,12 +13,11 @@ RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "pt2": "torch", "torc
 
 
 def write(kind: str, options: dict[str, Any], folder: Path, **arguments: Any) -> float:
-    """The error of the file of a small network."""
+    """The error of the file of a small network, for images of 64 px unless told otherwise."""
     if find_spec(RUNTIMES[kind]) is None:
         pytest.skip(f"{RUNTIMES[kind]} is not installed: pip install -e '.[test,integrations]'")
     model, out = small_model(ls_init_value=0.5, **options), str(folder / f"model{formats.SUFFIXES[kind]}")
-    formats.refuse(out, kind, (64, 64), [], None)
-    error = formats.write(model, out, kind, size=(64, 64), **arguments)
+    error = formats.write(model, out, kind, **({"size": (64, 64)} | arguments))
     assert Path(out).exists()
     return error
 
@@ -26,6 +25,13 @@ def write(kind: str, options: dict[str, Any], folder: Path, **arguments: Any) ->
 @pytest.mark.parametrize(("kind", "options"), [("onnx", {}), ("openvino", GATED), ("pt2", GAP)], ids=str)
 def test_file_with_open_sizes_gives_what_the_network_gives(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     assert write(kind, options, tmp_path, dynamic=["batch", "hw"]) <= 1e-4
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 80), (32, 160)], ids=str)
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "pt2"])
+def test_file_of_one_size_gives_what_the_network_gives(kind: str, size: tuple[int, int], tmp_path: Path) -> None:
+    """At two of the sizes the kernels, built for 64 px, are resized. TorchScript: tests/test_formats.py."""
+    assert write(kind, {}, tmp_path, size=size) <= 1e-4
 
 
 def test_what_openvino_reads_wrongly_is_not_written(tmp_path: Path) -> None:
