@@ -68,8 +68,8 @@ def prepare(config: Config, world: distributed.World) -> Run:
     run = Run(training, folder, train_split, val_split)
     if found is not None:
         resume.take_up(run, found)
-    run.tuning = backends.settle(training, run.tuning, sgconvnext.tune)
     world.on_each(lambda: preflight.look_ahead(training, train_split, val_split))
+    run.tuning = backends.settle(training, run.tuning, sgconvnext.tune)
     return run
 
 

@@ -54,7 +54,8 @@ def tune(model: nn.Module, batch: Tensor) -> Tuning:
     asked = _asked(model, batch)
     if not asked:
         raise ValueError(f"{type(model).__name__} has no SGConv layer with backend='auto'; give an SGConvNeXt")
-    with torch.random.fork_rng(devices=[batch.device] if batch.is_cuda else []):
+    drawn = torch.random.fork_rng(devices=[batch.device] if batch.is_cuda else [])
+    with drawn, torch.inference_mode(False):  # whose tensors have no gradient
         choices = [_measure(each, batch.device) for each in asked]
     return Tuning(choices, facts(batch.device)).use()
 
