@@ -119,7 +119,7 @@ def export_file(
 def _network(source: str, ema: bool) -> tuple[nn.Module, tuple[int, int], str]:
     """The network of a source, H and W of its images, and what is to be told of its weights."""
     model: Any
-    if ":" not in source and (os.path.exists(source) or "/" in source or source.endswith(SUFFIXES)):
+    if os.path.exists(source) or (":" not in source and ("/" in source or source.endswith(SUFFIXES))):
         model, config = build.trained_model(checkpoint.load(source), ema, source)
         height, width = to_2tuple(config.data.img_size)
         return model, (height, width), ""

@@ -30,7 +30,7 @@ NOTES = [
     "taps. ratio: how many times as fast as the shipped choice; above 1 is faster. errors: from the definition in "
     f"float64, ||got - want|| / ||want|| at {check.PLACES} places.",
     f"chosen: what auto takes now, the shipped choice unless another backend is {TIE - 1:.0%} faster. A backend is "
-    "left out where it is wrong, fails, or is not to be had.",
+    "left out where it is wrong, fails, is slow at its first turn, or would need very large matrices.",
 ]
 
 
@@ -71,10 +71,14 @@ class Choice:
 
     def __str__(self) -> str:
         told = f"{self.channels} channels x {self.length} samples, batch {self.batch}, {self.dtype}, {self.work}"
-        gain = f"{self.gain:.2f} times as fast as {self.shipped}" if self.backend != self.shipped else "as shipped"
-        return f"{told}: {self.backend}, {gain}" + "".join(
-            f"; {name} left out: {why}" for name, why in self.left_out.items() if why.startswith("wrong")
-        )
+        if self.backend == self.shipped:
+            gain = "as shipped"
+        elif self.shipped in self.left_out:
+            gain = f"in place of {self.shipped}"
+        else:
+            gain = f"{self.gain:.2f} times as fast as {self.shipped}"
+        unwell = {name: why for name, why in self.left_out.items() if name == self.shipped or why.startswith("wrong")}
+        return f"{told}: {self.backend}, {gain}" + "".join(f"; {name} left out: {why}" for name, why in unwell.items())
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Tuning:
 
     def is_of(self, device: torch.device) -> bool:
         """Whether they were measured on a device of this kind."""
-        return bool(self.facts["device"] == device_name(device))
+        return bool(self.facts["device"] == _name(device))
 
     def use(self) -> "Tuning":
         """Let "auto" take these choices from now on, in this process.
@@ -96,8 +100,9 @@ class Tuning:
         """
         for kind in {each.device for each in self.choices}:
             if not self.is_of(torch.device(kind)):
-                here = device_name(torch.device(kind))
-                raise ValueError(f"the choices are of {self.facts['device']!r}, this is {here!r}; tune here")
+                raise ValueError(
+                    f"the choices are of {self.facts['device']!r}, this is {_name(torch.device(kind))!r}; tune here"
+                )
         for each in self.choices:
             check_backend(each.backend)
         for each in self.choices:
@@ -136,12 +141,22 @@ class Tuning:
         for each in choices:
             if not isinstance(each.convolution.dtype, torch.dtype) or type(each.batch) is not int:
                 raise ValueError(f"dtype {each.dtype!r}, batch {each.batch!r}")
-        return cls(choices, dict(state["facts"]))
+        return cls(choices, {"device": state["facts"]["device"], **state["facts"]})
 
     def table(self) -> Table:
         """Every backend of every convolution."""
         rows = [row for each in self.choices for row in _rows(each)]
         return Table("Backends of the long convolution, measured here", COLUMNS, rows, list(NOTES))
+
+
+def forget() -> None:
+    """Let "auto" take the shipped choices again, in this process."""
+    tuned.forget()
+
+
+def _name(device: torch.device) -> str:
+    there = device.type != "cuda" or torch.cuda.is_available()
+    return device_name(device) if there else "a machine without CUDA"
 
 
 def _rows(each: Choice) -> list[dict[str, Any]]:

@@ -324,6 +324,14 @@ def test_file_for_a_runtime_needs_its_format_and_random_weights_are_told(
     assert "its weights are random" in told
 
 
+def test_checkpoint_may_have_a_colon_in_its_path(tmp_path: Path) -> None:
+    path, _, _ = trained(tmp_path)
+    there = Path(path).rename(tmp_path / "10:30.pth")
+    out = str(tmp_path / "a.pt")
+    told = export.export_file(str(there), out, "torchscript", dynamic=[], opset=None, half=False)
+    assert "random" not in told
+
+
 def test_file_of_a_folder_takes_the_size_that_its_kernels_are_built_for(tmp_path: Path) -> None:
     model: Any = timm.create_model("sgconvnext_atto", num_classes=3, **MICRO)
     model.set_input_size((64, 96))

@@ -66,11 +66,12 @@ def test_choices_of_another_device_are_refused() -> None:
         "[]",
         "{}",
         '{"facts": {}, "choices": [{}]}',
+        json.dumps({"facts": {}, "choices": [CHOICE.__dict__]}),
         json.dumps({"facts": HERE, "choices": [CHOICE.__dict__ | {"dtype": "float33"}]}),
         json.dumps({"facts": HERE, "choices": [CHOICE.__dict__ | {"dtype": "nn"}]}),
         json.dumps({"facts": HERE, "choices": [CHOICE.__dict__ | {"batch": "8"}]}),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_file_without_choices_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
@@ -81,3 +82,19 @@ def test_file_without_choices_is_refused(text: str, tmp_path: Path) -> None:
 def test_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with refused("none.json", "No such file"):
         Tuning.load(tmp_path / "none.json")
+
+
+def test_choices_of_a_gpu_are_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with refused("'NVIDIA H100'", "a machine without CUDA"):
+        Tuning([replace(CHOICE, device="cuda")], HERE | {"device": "NVIDIA H100"}).use()
+
+
+def test_reason_why_the_shipped_backend_is_not_taken_is_told() -> None:
+    choice = replace(CHOICE, seconds={"dft": 1e-3}, left_out={"fft": "fails: no kernel"})
+    assert str(choice).endswith("training: dft, in place of fft; fft left out: fails: no kernel")
+
+
+def test_choice_that_cannot_run_here_is_not_taken() -> None:
+    tuned.prefer(CHOICE.convolution, 8, "triton")
+    assert choose_backend(torch.empty(8, 4, 256)) == "fft"

@@ -4,6 +4,7 @@ The whole definition is O(B C L^2). At some places it costs O(B C L) each, so it
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,40 +12,57 @@ from torch import Tensor
 PLACES = 32  # of samples and of lags; the ends are among them, where programs go wrong first
 ERRORS = ("y error", "dx error", "dtaps error")
 
-Convolve = Callable[[Tensor, Tensor], Tensor]  # (x, taps) -> y
 
-
-def errors(convolve: Convolve, x: Tensor, taps: Tensor, dy: Tensor) -> dict[str, float]:
-    """ERRORS of y and of the gradients of x and of the taps: ||got - want|| / ||want|| at PLACES places, in float64.
+@dataclass(frozen=True)
+class Truth:
+    """Signals and taps, and what the definition makes of them at some places, in float64.
 
     Args:
-        convolve: what is checked.
-        x, dy: signals (B, C, L).
+        x, dy: signals (B, C, L), and the gradient of the output.
         taps: (C, 2L-1), for the lags -(L-1) .. L-1.
-
-    Returns:
-        by name; NaN where something is not finite.
+        wanted: y and the gradients of x and of the taps, at `places`.
     """
-    x, taps = x.detach().requires_grad_(), taps.detach().requires_grad_()
-    with torch.enable_grad():
-        y = convolve(x, taps)
-        dx, dtaps = torch.autograd.grad(y, [x, taps], dy.to(y.dtype))
-    places, lags = some(x.shape[2]), some(taps.shape[1])
-    images = some(x.shape[0], 2)
-    with torch.no_grad():
-        pairs = (
-            (y[images][..., places], definition(x[images], taps, places)),
-            (dx[images][..., places], adjoint(dy[images], taps, places)),
-            (dtaps[:, lags], correlation(x, dy, lags)),
-        )
-        return {name: relative_error(got, want) for name, (got, want) in zip(ERRORS, pairs, strict=True)}
+
+    x: Tensor
+    taps: Tensor
+    dy: Tensor
+    wanted: dict[str, Tensor]
+
+    def errors(self, convolve: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+        """ERRORS of a convolution (x, taps) -> y and of its gradients: ||got - want|| / ||want||.
+
+        They are NaN where something is not finite.
+        """
+        x, taps = self.x.detach().requires_grad_(), self.taps.detach().requires_grad_()
+        with torch.enable_grad():
+            y = convolve(x, taps)
+            dx, dtaps = torch.autograd.grad(y, [x, taps], self.dy.to(y.dtype))
+        return self._compared(y, dx, dtaps)
+
+    def error_of_output(self, convolve: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The error of y alone, for a convolution x -> y with these taps."""
+        with torch.no_grad():
+            return self._compared(convolve(self.x))
+
+    def _compared(self, y: Tensor, dx: Tensor | None = None, dtaps: Tensor | None = None) -> dict[str, float]:
+        images, places, lags = _places(self.x, self.taps)
+        got = {ERRORS[0]: y[images][..., places]}
+        if dx is not None and dtaps is not None:
+            got |= {ERRORS[1]: dx[images][..., places], ERRORS[2]: dtaps[:, lags]}
+        return {name: relative_error(each, self.wanted[name]) for name, each in got.items()}
 
 
-def error_of_output(convolve: Callable[[Tensor], Tensor], x: Tensor, taps: Tensor) -> dict[str, float]:
-    """The error of y alone, for convolutions whose taps are fixed; as `errors`."""
-    images, places = some(x.shape[0], 2), some(x.shape[2])
-    with torch.no_grad():
-        return {ERRORS[0]: relative_error(convolve(x)[images][..., places], definition(x[images], taps, places))}
+@torch.no_grad()
+def truth(x: Tensor, taps: Tensor, dy: Tensor) -> Truth:
+    """What the definition makes of signals x, dy (B, C, L) and taps (C, 2L-1)."""
+    images, places, lags = _places(x, taps)
+    found = definition(x[images], taps, places), adjoint(dy[images], taps, places), correlation(x, dy, lags)
+    return Truth(x, taps, dy, dict(zip(ERRORS, found, strict=True)))
+
+
+def _places(x: Tensor, taps: Tensor) -> tuple[list[int], list[int], list[int]]:
+    """Two images, and PLACES samples and lags."""
+    return some(x.shape[0], 2), some(x.shape[2]), some(taps.shape[1])
 
 
 def some(size: int, most: int = PLACES) -> list[int]:

@@ -26,7 +26,12 @@ TRITON = 4096
 
 
 def choose_backend(
-    x: Tensor, backend: str = "auto", length: int | None = None, one_length: bool = True, frozen: bool = False
+    x: Tensor,
+    backend: str = "auto",
+    length: int | None = None,
+    one_length: bool = True,
+    frozen: bool = False,
+    batch: int | None = None,
 ) -> str:
     """The backend that runs for a signal (B, C, L). "auto" is the fastest, by B, L, dtype and device of x.
 
@@ -36,6 +41,7 @@ def choose_backend(
         length: L; None for that of x.
         one_length: whether this length comes again and again, so that it is worth compiling Triton's programs for it.
         frozen: whether the taps are fixed.
+        batch: B; None for that of x.
 
     Returns:
         The name. What `sgconvnext.tune` measured goes before all else, except in exports. In an export that leaves L
@@ -50,14 +56,21 @@ def choose_backend(
         return "dft"
     if is_traced_to_onnx():
         return "toeplitz" if length <= 64 else "dft"
-    if not is_recorded() and (measured := tuned.choice(x, length, frozen)):
+    batch = x.shape[0] if batch is None else batch
+    measured = None if is_recorded() else tuned.choice(x, batch, length, one_length, frozen)
+    if measured and (measured != "triton" or triton_toeplitz.refusal(x) is None):
         return measured
+    return shipped_backend(x, batch, length, one_length)
+
+
+def shipped_backend(x: Tensor, batch: int, length: int, one_length: bool) -> str:
+    """What "auto" is where nothing was measured, but for exports; arguments as of `choose_backend`."""
     # in this order: a comparison of a symbolic length is a bound for torch.export
     compiled = x.device.type == "cuda" and one_length and not is_recorded() and _is_timed(x.device.index)
     if compiled and triton_toeplitz.refusal(x) is None and length <= TRITON:
         return "triton"
     for device, images, float_length, half_length in TOEPLITZ:
-        if x.device.type == device and (images is None or x.shape[0] <= images):
+        if x.device.type == device and (images is None or batch <= images):
             return "toeplitz" if length <= (half_length if x.itemsize < 4 else float_length) else "fft"
     return "fft"
 

@@ -17,7 +17,7 @@ NEAR = 2  # a choice holds for batches from half to twice the one that was measu
 
 
 class Convolution(NamedTuple):
-    """What a choice is made for, but for the batch.
+    """What a choice is made for, but for the batch. It holds for causal taps too, but is measured with two-sided ones.
 
     Args:
         device: type of the device.
@@ -40,6 +40,7 @@ class Asked(NamedTuple):
     batch: int
     dtype: torch.dtype  # of the signals, as they came
     channels_last: bool
+    one_length: bool  # as in `choose_backend`
 
 
 _TUNED: dict[Convolution, dict[int, str]] = {}  # to the backend by batch
@@ -52,15 +53,17 @@ def convolution(x: Tensor, length: int, frozen: bool) -> Convolution:
     return Convolution(x.device.type, product_dtype(x), x.shape[1], length, work)
 
 
-def choice(x: Tensor, length: int, frozen: bool) -> str | None:
-    """The backend that was measured to be the fastest for signals like x, but L long; None if nothing was measured."""
+def choice(x: Tensor, batch: int, length: int, one_length: bool, frozen: bool) -> str | None:
+    """The backend that was measured to be the fastest for signals like x; None if nothing was measured.
+
+    Arguments as of `choose_backend`.
+    """
     for asked in _LISTENERS:
         channels_last = x.stride(1) == 1 and x.shape[1] > 1
-        asked.append(Asked(convolution(x, length, frozen), x.shape[0], x.dtype, channels_last))
+        asked.append(Asked(convolution(x, length, frozen), batch, x.dtype, channels_last, one_length))
     if not _TUNED:
         return None
     by_batch = _TUNED.get(convolution(x, length, frozen), {})
-    batch = x.shape[0]
     near = [tuned for tuned in by_batch if tuned <= NEAR * batch and batch <= NEAR * tuned]
     if not near:
         return None

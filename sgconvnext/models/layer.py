@@ -305,9 +305,9 @@ class SGConv2d(KernelGenerator):
     def backend_for(self, x: Tensor) -> str:
         """The backend that convolves a map (B, C, H, W)."""
         height, width = (-(-size // self.dilation) for size in x.shape[2:])
-        length, frozen = height * (width + self.row_gap), self.taps is not None
-        built = self.is_built_for((height, width))
-        return choose_backend(x, self.backend, length=length, one_length=built, frozen=frozen)
+        length, built = height * (width + self.row_gap), self.is_built_for((height, width))
+        batch = x.shape[0] * self.dilation**2
+        return choose_backend(x, self.backend, length, built, frozen=self.taps is not None, batch=batch)
 
     @torch.jit.ignore
     def is_built_for(self, size: tuple[int, int]) -> bool:

@@ -1,1 +1,1 @@
-"""Counting and measuring models side by side: ``python -m sgconvnext.profile flops|throughput|ops|scaling|gpu``."""
+"""Counting and measuring models side by side: ``python -m sgconvnext.profile flops|throughput|ops|tune|...``."""

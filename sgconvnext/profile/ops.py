@@ -11,25 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..longconv import BACKENDS, available_backends, choose_backend, long_conv
+from ..longconv.check import ERRORS, relative_error
 from ..models.kernel import lag_taps
 from ..models.layer import SGConv2d
 from ..training import build
+from ..tuning import TIE
+from . import tune
 from .session import Session
 from .table import Table
 from .timing import RATIO, Step, Timing
+from .tune import MATRIX_LIMIT
 from .workload import DTYPES, settle_backends
 
-# bytes; a backend that would build more L x L matrices, at once or one after another, is left out
-MATRIX_LIMIT = 2**30
 TRUTH_LIMIT = 2**28  # bytes of the matrices of the channels on which backends are checked
-TOLERANCE = {"fp32": 1e-5, "bf16": 8e-3, "fp16": 1e-3}  # relative; in half precision a unit in the last place
-TIE = 1.05  # backends this close to the fastest are as good: rounds differ by more
+TOLERANCE = {name: tune.TOLERANCE[dtype] for name, dtype in DTYPES.items()}
 SETS = {"cuda": 3}  # of inputs, taken in turns: a GPU's L2 cache holds the whole input of a late stage
 Shape = tuple[int, int, int, int]  # C, H, W, and the columns between two rows
 # tiny's stages at 224 px, and a map that is short enough for a matrix product
 DEFAULT_SHAPES = ((96, 56, 56), (192, 28, 28), (384, 14, 14), (768, 7, 7), (768, 4, 4))
 
-ERRORS = ("y error", "dx error", "dtaps error")
 COLUMNS = {
     "layer": "",
     "L": "d",
@@ -265,12 +265,6 @@ def results(backend: str, x: Tensor, taps: Tensor, dy: Tensor) -> list[Tensor]:
     x, taps = x.detach().requires_grad_(), taps.detach().requires_grad_()
     y = long_conv(x, taps, backend)
     return [y.detach(), *torch.autograd.grad(y, [x, taps], dy.to(y.dtype))]
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want||; NaN where something is not finite."""
-    got, want = got.detach().double(), want.detach().double()
-    return float((got - want).norm() / want.norm())
 
 
 def is_wrong(errors: dict[str, float], layer: Layer) -> bool:

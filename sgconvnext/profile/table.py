@@ -56,11 +56,15 @@ def environment(device: torch.device, command: str, **more: Any) -> dict[str, An
     """
     facts: dict[str, Any] = {"device": device_name(device)}
     if device.type == "cuda":
-        cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "tf32": "off"}
+        cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "tf32": _tf32()}
         facts |= cuda | _driver() | {"cpu": device_name(torch.device("cpu"))}
     facts["threads"] = torch.get_num_threads()
     versions = {"sgconvnext": __version__, "torch": torch.__version__, "timm": timm.__version__}
     return facts | versions | {"python": platform.python_version()} | more | {"command": command}
+
+
+def _tf32() -> str:
+    return "on" if torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32 else "off"
 
 
 def _driver() -> dict[str, str]:

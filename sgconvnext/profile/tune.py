@@ -19,15 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import is_out_of_memory, one_line
-from ..longconv import available_backends, check, choose_backend, freeze, long_conv, tuned
+from ..longconv import available_backends, check, freeze, long_conv, tuned
+from ..longconv.choice import shipped_backend
 from ..tuning import TIE, Choice, Tuning
 from .table import environment
 from .timing import Step, rounds_of
 
 ROUNDS, ROUND_S = 5, 0.1  # of each backend
 SLOW = 2.0  # times the fastest: a backend that takes so long once is not timed again
-MATRIX_LIMIT = 2**30  # bytes; a backend that would build more L x L matrices is left out
+MATRIX_LIMIT = 2**30  # bytes of the L x L matrices of all channels, above which a backend that builds them is left out
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # relative
+TF32_TOLERANCE = 2e-3  # of float32 on a GPU where products may be rounded to TF32
 
 
 def tune(model: nn.Module, batch: Tensor) -> Tuning:
@@ -38,7 +40,8 @@ def tune(model: nn.Module, batch: Tensor) -> Tuning:
     pass with these images: call it as you will call the model, under autocast if you use it. A model in training
     mode is measured forward and backward, any other one forward, after `reparameterize_model` with fixed taps.
 
-    The choices hold in this process, for every model, and for batches from half to twice this one. Outputs with and
+    The choices hold in this process, for every model, and for batches from half to twice this one: those of a model in
+    training mode wherever gradients are on, the others under torch.no_grad and torch.inference_mode. Outputs with and
     without them agree to rounding. Exports do not look at them.
 
     Args:
@@ -49,7 +52,7 @@ def tune(model: nn.Module, batch: Tensor) -> Tuning:
         what was measured; its `save` keeps it.
 
     Raises:
-        ValueError: the model asks for no backend.
+        ValueError: the model asks for no backend, or no backend is right.
     """
     asked = _asked(model, batch)
     if not asked:
@@ -78,7 +81,7 @@ def _asked(model: nn.Module, batch: Tensor) -> list[tuned.Asked]:
             module.training = training
     if model.training:
         asked = [each._replace(convolution=each.convolution._replace(work="training")) for each in asked]
-    return list(dict.fromkeys(asked))
+    return list({(each.convolution, each.batch): each for each in reversed(asked)}.values())[::-1]  # the first of each
 
 
 def _measure(asked: tuned.Asked, device: torch.device) -> Choice:
@@ -86,6 +89,7 @@ def _measure(asked: tuned.Asked, device: torch.device) -> Choice:
     which, batch = asked.convolution, asked.batch
     x, dy = (_signal(asked, device) for _ in range(2))
     taps = torch.randn(which.channels, 2 * which.length - 1, device=device, dtype=_taps_dtype(asked.dtype))
+    truth = check.truth(x, taps, dy)
     errors: dict[str, dict[str, float]] = {}
     left_out: dict[str, str] = {}
     steps: dict[str, Step] = {}
@@ -96,14 +100,17 @@ def _measure(asked: tuned.Asked, device: torch.device) -> Choice:
             left_out[name] = "its matrices are too large"
             continue
         try:
-            errors[name] = _errors(name, which, x, taps, dy)
-            if told := _wrong(errors[name], which.dtype):
+            errors[name] = _errors(name, which, truth)
+            if told := _wrong(errors[name], which):
                 left_out[name] = told
             else:
-                steps[name] = _step(name, which, x, taps, dy)
+                steps[name] = _step(name, which, truth)
         except Exception as error:  # of a compiler, a driver, the memory: the others may work
             left_out[name] = "out of memory" if is_out_of_memory(error) else f"fails: {one_line(error)[:200]}"
-    shipped = _shipped(x, which)
+    if not steps:
+        told = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        raise ValueError(f"no backend convolves {which.channels} channels x {which.length} samples rightly: {told}")
+    shipped = shipped_backend(x, batch, which.length, asked.one_length)
     seconds, slow = _times(steps, shipped, device)
     return Choice(
         device=which.device,
@@ -140,52 +147,43 @@ def _taps_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _shipped(x: Tensor, which: tuned.Convolution) -> str:
-    """What "auto" takes without a measurement."""
-    measured = dict(tuned._TUNED)
-    tuned.forget()
-    try:
-        return choose_backend(x, frozen=which.work == "frozen")
-    finally:
-        tuned._TUNED.update(measured)
-
-
-def _errors(name: str, which: tuned.Convolution, x: Tensor, taps: Tensor, dy: Tensor) -> dict[str, float]:
+def _errors(name: str, which: tuned.Convolution, truth: check.Truth) -> dict[str, float]:
     if which.work == "training":
-        return check.errors(functools.partial(long_conv, backend=name), x, taps, dy)
-    return check.error_of_output(_forward(name, which, x, taps), x, taps)
+        return truth.errors(functools.partial(long_conv, backend=name))
+    return truth.error_of_output(_forward(name, which, truth))
 
 
-def _forward(name: str, which: tuned.Convolution, x: Tensor, taps: Tensor) -> Callable[[Tensor], Tensor]:
+def _forward(name: str, which: tuned.Convolution, truth: check.Truth) -> Callable[[Tensor], Tensor]:
     """The convolution with these taps, as `models.layer` runs it."""
     if which.work == "frozen" and which.device == "cpu":
-        return freeze(taps, which.length, x.dtype, name)
-    return functools.partial(long_conv, taps=taps, backend=name)
+        return freeze(truth.taps, which.length, truth.x.dtype, name)
+    return functools.partial(long_conv, taps=truth.taps, backend=name)
 
 
-def _wrong(errors: dict[str, float], dtype: torch.dtype) -> str:
+def _wrong(errors: dict[str, float], which: tuned.Convolution) -> str:
     """What is wrong with a backend of these errors, or nothing."""
-    if all(error <= TOLERANCE[dtype] for error in errors.values()):
+    rounded = which.device == "cuda" and which.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    if all(error <= (TF32_TOLERANCE if rounded else TOLERANCE[which.dtype]) for error in errors.values()):
         return ""
     return "wrong, " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
 
 
-def _step(name: str, which: tuned.Convolution, x: Tensor, taps: Tensor, dy: Tensor) -> Step:
+def _step(name: str, which: tuned.Convolution, truth: check.Truth) -> Step:
     """Forward, or forward and both gradients."""
     if which.work != "training":
-        forward = _forward(name, which, x, taps)
+        forward = _forward(name, which, truth)
 
         def infer() -> None:
             with torch.no_grad():
-                forward(x)
+                forward(truth.x)
 
         return infer
-    x, taps = x.detach().requires_grad_(), taps.detach().requires_grad_()
+    x, taps = truth.x.detach().requires_grad_(), truth.taps.detach().requires_grad_()
 
     def train() -> None:
         with torch.enable_grad():
             y = long_conv(x, taps, name)
-            torch.autograd.grad(y, [x, taps], dy.to(y.dtype))
+            torch.autograd.grad(y, [x, taps], truth.dy.to(y.dtype))
 
     return train
 

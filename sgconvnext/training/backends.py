@@ -8,7 +8,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from ..tuning import Tuning
+from ..tuning import Tuning, forget
 from .engine import Training, autocast
 
 _logger = logging.getLogger(__name__)
@@ -17,47 +17,58 @@ Tune = Callable[[nn.Module, Tensor], Tuning]
 
 
 def settle(t: Training, kept: dict[str, Any] | None, tune: Tune) -> dict[str, Any] | None:
-    """Let every process convolve with the backends that a checkpoint has, or that rank 0 measures now.
+    """With run.tune, let every process convolve with the backends that a checkpoint has, or that rank 0 measures now.
 
     Args:
         t: the run.
         kept: what this function returned to the run that wrote the checkpoint, so that a resumed run repeats itself.
+            What was measured on another kind of device, or for other images, is measured again.
         tune: `sgconvnext.tune`.
 
     Returns:
-        the choices, for the checkpoint; None where the shipped ones hold: run.tune=false, or no layer that asks.
+        the choices, for the checkpoint; None without run.tune, where the shipped ones hold.
 
     Raises:
-        ValueError: run.tune=true, and the model has no layer that asks.
+        ValueError: the model has no layer that asks, or no backend is right.
     """
-    device, wanted = t.world.device, t.config.run.tune
-    if kept is not None and not Tuning.of_state(kept).is_of(device):
-        _logger.info("the backends of the checkpoint were measured on %s, not here", kept["facts"]["device"])
-        kept = None
-    if kept is None and (wanted or (wanted is None and device.type == "cuda" and _asks(t.model))):
-        kept = t.world.on_first(lambda: _measured(t, tune).state())
-    if kept is None:
+    forget()  # what another run in this process has measured
+    if not t.config.run.tune:
         return None
-    tuning = Tuning.of_state(kept).use()
-    for choice in tuning.choices:
+    state = t.world.on_first(lambda: _kept(t, kept) or _measured(t, tune).state())
+    tuning = Tuning.of_state(state)
+    if not tuning.is_of(t.world.device):
+        raise ValueError(f"run.tune needs devices of one kind, but rank 0 has {tuning.facts['device']}; leave it out")
+    for choice in tuning.use().choices:
         _logger.info("backend: %s", choice)
     return tuning.state()
 
 
-def _asks(model: nn.Module) -> bool:
-    return any(getattr(module, "backend", None) == "auto" for module in model.modules())
+def _images(t: Training) -> str:
+    """The batch and the size of the images that the choices are for."""
+    return "{} x {} x {}".format(t.config.optim.batch_per_device, *to_2tuple(t.config.data.img_size))
+
+
+def _kept(t: Training, kept: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The choices of a checkpoint, if they are for this device and these images."""
+    if kept is None:
+        return None
+    facts = kept["facts"]
+    if Tuning.of_state(kept).is_of(t.world.device) and facts.get("images") == _images(t):
+        return kept
+    _logger.info("the backends were measured on %s for %s images, so again now", facts["device"], facts.get("images"))
+    return None
 
 
 def _measured(t: Training, tune: Tune) -> Tuning:
     """For the training step and for the evaluation of a batch."""
-    model = t.model
+    model, found = t.model, []
     layout = torch.channels_last if t.config.model.channels_last else torch.contiguous_format
     images = torch.zeros(t.config.optim.batch_per_device, 3, *to_2tuple(t.config.data.img_size))
     images = images.to(t.world.device, memory_format=layout)
-    before, found = model.training, []
+    before = model.training
     for training in (True, False):
         model.train(training)
         with autocast(t.config, t.world.device):
             found.append(tune(model, images))
     model.train(before)
-    return Tuning([choice for each in found for choice in each.choices], found[0].facts)
+    return Tuning([choice for each in found for choice in each.choices], found[0].facts | {"images": _images(t)})

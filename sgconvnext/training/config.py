@@ -173,9 +173,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16", "fp16"] = knob("fp32", "autocast dtype; fp16 scales the loss")
     tf32: bool = knob(False, "let CUDA round the inputs of float32 products to TF32")
     cudnn_benchmark: bool = knob(True, "let cuDNN time its programs and take the fastest", resume="free")
-    tune: bool | None = knob(
-        None, "measure the backends of the global convolution and take the fastest; null: on CUDA", resume="free"
-    )
+    tune: bool = knob(False, "measure the backends of the global convolution, and take the fastest", resume="free")
     max_skips: int = knob(
         20, "fp16: updates in a row that the loss scaler may skip before the run stops", at_least(0), resume="free"
     )

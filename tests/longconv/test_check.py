@@ -32,7 +32,7 @@ def test_places_are_those_of_the_definition(length: int) -> None:
 @pytest.mark.parametrize("backend", ["fft", "toeplitz", "dft"])
 @pytest.mark.parametrize("length", [1, 5, 196])
 def test_right_backends_pass(backend: str, length: int) -> None:
-    found = check.errors(functools.partial(long_conv, backend=backend), *inputs(length))
+    found = check.truth(*inputs(length)).errors(functools.partial(long_conv, backend=backend))
     assert list(found) == list(check.ERRORS)
     assert max(found.values()) <= 1e-12
 
@@ -52,9 +52,10 @@ def not_finite(y: Tensor) -> Tensor:
 @pytest.mark.parametrize("damage", [zero, last_sample, not_finite])
 def test_wrong_output_is_seen(damage: Callable[[Tensor], Tensor]) -> None:
     x, taps, dy = inputs(196)
-    found = check.errors(lambda x, taps: damage(long_conv(x, taps, "fft")), x, taps, dy)
-    assert not found["y error"] <= 1e-4
-    assert not check.error_of_output(lambda x: damage(long_conv(x, taps, "fft")), x, taps)["y error"] <= 1e-4
+    truth = check.truth(x, taps, dy)
+    assert not truth.errors(lambda x, taps: damage(long_conv(x, taps, "fft")))["y error"] <= 1e-4
+    assert not truth.error_of_output(lambda x: damage(long_conv(x, taps, "fft")))["y error"] <= 1e-4
+    assert truth.error_of_output(lambda x: long_conv(x, taps, "fft"))["y error"] <= 1e-12
 
 
 class WrongGradient(torch.autograd.Function):
@@ -77,6 +78,6 @@ class WrongGradient(torch.autograd.Function):
 
 @pytest.mark.parametrize(("which", "name"), [(0, "dx error"), (1, "dtaps error")])
 def test_wrong_gradient_is_seen(which: int, name: str) -> None:
-    found = check.errors(lambda x, taps: WrongGradient.apply(x, taps, which), *inputs(196))
+    found = check.truth(*inputs(196)).errors(lambda x, taps: WrongGradient.apply(x, taps, which))
     assert found.pop(name) > 0.9
     assert max(found.values()) <= 1e-12

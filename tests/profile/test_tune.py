@@ -18,6 +18,7 @@ from torch import Tensor
 import sgconvnext
 from sgconvnext import tuning
 from sgconvnext.longconv import BACKENDS, choose_backend, dft, fft, tuned
+from sgconvnext.longconv import compiled as compiled_backends
 from sgconvnext.profile import __main__ as main
 from sgconvnext.profile import timing, tune
 
@@ -183,14 +184,48 @@ def test_exports_and_named_backends_do_not_look_at_choices() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_network_takes_choices_and_any_batch(dft_is_fastest: None) -> None:
+def test_compiled_network_takes_choices_and_any_batch(dft_is_fastest: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    own = compiled_backends._operations
+
+    def noting(backend: str) -> Any:
+        ran.append(backend)
+        return own(backend)
+
     model = small_model(ls_init_value=0.5)
     with torch.no_grad():
         sgconvnext.tune(model, images())
+        monkeypatch.setattr(compiled_backends, "_operations", noting)
         compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
         for batch in (2, 3):
             x = images(batch)
+            ran.clear()
             assert relative_error(compiled(x), model(x)) <= 1e-6
+            assert ran == ["dft"] * 4
+
+
+def test_one_convolution_is_measured_once(dft_is_fastest: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    which = tuned.Convolution("cpu", torch.float32, 4, 16, "inference")
+    asked = [tuned.Asked(which, 2, dtype, False, True) for dtype in (torch.float32, torch.bfloat16)]
+
+    class Asks(torch.nn.Module):
+        def forward(self, x: Tensor) -> None:
+            for listener in tuned._LISTENERS:
+                listener.extend(asked)
+
+    assert tune._asked(Asks().eval(), images()) == asked[:1]
+
+
+def test_no_right_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_wrong", lambda *_: "wrong, y error 1.0e+00")
+    with refused("no backend convolves 8 channels x 256 samples rightly", "fft: wrong, y error 1.0e+00"):
+        sgconvnext.tune(small_model(), images())
+
+
+def test_dilated_layers_ask_for_what_they_convolve() -> None:
+    model = small_model(output_stride=8)
+    found = sgconvnext.tune(model, images())
+    assert [(each.length, each.batch) for each in found.choices] == [(256, 2), (64, 2), (16, 8), (4, 32)]
 
 
 def test_model_that_asks_for_no_backend_is_refused() -> None:

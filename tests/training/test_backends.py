@@ -16,6 +16,7 @@ from training_helpers import fingerprint, metrics, micro_config, micro_model, mi
 import sgconvnext
 from sgconvnext.longconv import tuned
 from sgconvnext.profile import tune as measuring
+from sgconvnext.profile.table import device_name
 from sgconvnext.training import backends, checkpoint, engine
 from sgconvnext.tuning import Choice, Tuning
 
@@ -77,41 +78,42 @@ def test_run_that_tunes_says_so_keeps_it_and_repeats_it(
             micro_run(run_here, tmp_path / "stopped", epochs=2, **{"run.tune": True})
     tuned.forget()
     monkeypatch.setattr(sgconvnext, "tune", never)
-    out = micro_run(run_here, tmp_path / "stopped", "resume=auto", epochs=2)  # without the knob
+    out = micro_run(run_here, tmp_path / "stopped", "resume=auto", epochs=2, **{"run.tune": True})
     assert fingerprint(out / "last.pth") == fingerprint(whole / "last.pth")
     assert checkpoint.load(out / "last.pth")["tuning"] == checkpoint.load(out / "checkpoint-0000-000003.pth")["tuning"]
 
 
-def choices_of(device: str) -> dict[str, Any]:
-    choice = Choice(
-        device="cpu",
-        dtype="float32",
-        channels=8,
-        length=64,
-        work="training",
-        batch=16,
-        backend="dft",
-        shipped="fft",
-    )
-    return Tuning([choice], {"device": device}).state()
+def choices(device: str = device_name(torch.device("cpu")), images: str = "16 x 32 x 32") -> dict[str, Any]:
+    """What a run of `micro_config` keeps, of one stage."""
+    sizes: dict[str, Any] = {"channels": 8, "length": 64, "work": "training", "batch": 16}
+    choice = Choice(device="cpu", dtype="float32", **sizes, backend="dft", shipped="fft")
+    return Tuning([choice], {"device": device, "images": images}).state()
 
 
-def test_choices_of_another_device_are_told_and_not_used(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    t = training(micro_config())
-    assert backends.settle(t, choices_of("Abacus"), never) is None
-    assert "were measured on Abacus, not here" in caplog.text
+def test_choices_of_a_checkpoint_are_used_only_with_the_knob() -> None:
+    assert backends.settle(training(micro_config(**{"run.tune": True})), choices(), never) == choices()
+    assert tuned._TUNED
+    assert backends.settle(training(micro_config()), choices(), never) is None
     assert not tuned._TUNED
 
 
-@pytest.mark.parametrize("tune", [None, False])
-def test_cpu_is_measured_only_when_asked(tune: bool | None) -> None:
-    assert backends.settle(training(micro_config(**{"run.tune": tune})), None, never) is None
+@pytest.mark.parametrize(
+    ("kept", "told"),
+    [(choices(device="Abacus"), "measured on Abacus"), (choices(images="8 x 32 x 32"), "for 8 x 32 x 32 images")],
+    ids=["device", "images"],
+)
+def test_choices_for_something_else_are_measured_again(
+    kept: dict[str, Any], told: str, dft_is_fastest: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    found = backends.settle(training(micro_config(**{"run.tune": True})), kept, sgconvnext.tune)
+    assert told in caplog.text
+    assert found is not None
+    assert len(found["choices"]) == 8
 
 
-def test_model_without_a_layer_that_asks_is_refused_only_when_asked() -> None:
+def test_model_without_a_layer_that_asks_is_refused() -> None:
     other = timm.create_model("resnet10t", num_classes=10)
-    assert backends.settle(training(micro_config(), other), None, never) is None
     with refused("ResNet has no SGConv layer"):
         backends.settle(training(micro_config(**{"run.tune": True}), other), None, sgconvnext.tune)
 

@@ -61,7 +61,7 @@ RECIPE = {
     "run.precision": "fp32",
     "run.tf32": False,
     "run.cudnn_benchmark": True,
-    "run.tune": None,
+    "run.tune": False,
 }
 FINETUNE_384 = RECIPE | {  # TRAINING.md:293-354
     "epochs": 30,
@@ -200,7 +200,6 @@ def another(name: str) -> Any:
         "optim.lr_scale": "*.sgconv.weight=10, head.*=0.5",
         "run.device": "cpu",
         "run.precision": "bf16",
-        "run.tune": True,
     }
     if name in special:
         return special[name]
