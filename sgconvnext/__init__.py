@@ -1,5 +1,8 @@
 """SGConvNeXt: ConvNeXt with global convolution. ``import sgconvnext`` registers its models with timm."""
 
+import importlib
+from typing import Any
+
 from .longconv import flop_counter as flop_counter  # torch counts what we run
 from .models import gated_convnext as gated_convnext  # registers the control
 from .models.conversion import from_convnext
@@ -8,7 +11,11 @@ from .models.sgconvnext import SGConvNeXt
 
 __version__ = "0.1.0"
 
-from .profile.tune import tune  # its tables tell the version
-from .tuning import Tuning
-
 __all__ = ["SGConv", "SGConv2d", "SGConvNeXt", "Tuning", "__version__", "from_convnext", "tune"]
+
+
+def __getattr__(name: str) -> Any:
+    """`tune` and `Tuning` come when they are asked for: they import the tables of the profiler."""
+    if name in ("Tuning", "tune"):
+        return getattr(importlib.import_module(".profile.tune", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,7 +24,7 @@ from training_helpers import AUGMENTED, ROOT, command_line, environment, fingerp
 from sgconvnext.training.run_folder import RunFolder
 
 MARK = "SGCONVNEXT_KILLED_RUN"  # in the environment of every process of a run
-GRACE_S = 10.0  # a run that is asked to stop is gone by then; so are the workers of one that was killed
+GRACE_S = 60.0  # a run that is asked to stop is gone by then, on a busy machine too; so are the workers of a killed one
 UPDATE = re.compile(r"^epoch (\d+) update (\d+)/(\d+) ", re.MULTILINE)
 KNOBS: dict[str, Any] = AUGMENTED | {"ema.decay": 0.9, "data.workers": 2, "epochs": 8, "save.every": 2}
 
@@ -69,7 +69,7 @@ class Killed:
         ended = run.poll() is not None
         run.send_signal(number)
         began = time.monotonic()
-        code = run.wait(60)
+        code = run.wait(120)
         seconds, text = time.monotonic() - began, log.read_text()
         if ended:
             assert code == 0, (text, self.told)
