@@ -24,7 +24,7 @@ from training_helpers import AUGMENTED, ROOT, command_line, environment, fingerp
 from sgconvnext.training.run_folder import RunFolder
 
 MARK = "SGCONVNEXT_KILLED_RUN"  # in the environment of every process of a run
-GRACE_S = 60.0  # a run that is asked to stop is gone by then, on a busy machine too; so are the workers of a killed one
+GRACE_S = 60.0  # a run that is asked to stop, and the workers of a killed one, are gone by then on a busy machine too
 UPDATE = re.compile(r"^epoch (\d+) update (\d+)/(\d+) ", re.MULTILINE)
 KNOBS: dict[str, Any] = AUGMENTED | {"ema.decay": 0.9, "data.workers": 2, "epochs": 8, "save.every": 2}
 
