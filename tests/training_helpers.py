@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -269,3 +270,15 @@ def only_line(script: str, stderr: str) -> str:
     assert stderr.endswith("\n")
     assert stderr.count("\n") == 1, stderr
     return stderr
+
+
+def stop_in(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM comes during the update of that number, counted over the run."""
+    original = engine.train_update
+
+    def counted(t: engine.Training, batches: Any, progress: engine.Progress, lr: float) -> Any:
+        if progress.epoch * 5 + progress.update + 1 == update:
+            t.stop.received = signal.SIGTERM
+        return original(t, batches, progress, lr)
+
+    monkeypatch.setattr(engine, "train_update", counted)

@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from training_helpers import (
     fingerprint,
     metrics,
     micro_run,
+    stop_in,
     write_config,
     write_images,
 )
@@ -50,18 +50,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return run
-
-
-def stop_in(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM comes during the update of that number, counted over the run."""
-    original = engine.train_update
-
-    def counted(t: engine.Training, batches: Any, progress: engine.Progress, lr: float) -> Any:
-        if progress.epoch * 5 + progress.update + 1 == update:
-            t.stop.received = signal.SIGTERM
-        return original(t, batches, progress, lr)
-
-    monkeypatch.setattr(engine, "train_update", counted)
 
 
 def stopped(run_here: RunHere, folder: Path, update: int, **knobs: Any) -> Path:

@@ -1,7 +1,6 @@
 """A run measures its backends, keeps what it chose in its checkpoints, and repeats it when it is resumed."""
 
 import logging
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ import timm
 import torch
 from helpers import refused
 from torch import Tensor, nn
-from training_helpers import fingerprint, metrics, micro_config, micro_model, micro_run, training
+from training_helpers import fingerprint, metrics, micro_config, micro_model, micro_run, stop_in, training
 
 import sgconvnext
 from sgconvnext.longconv import tuned
 from sgconvnext.profile import tune as measuring
 from sgconvnext.profile.table import device_name
-from sgconvnext.training import backends, checkpoint, engine
+from sgconvnext.training import backends, checkpoint
 from sgconvnext.tuning import Choice, Tuning
 
 RunHere = Callable[..., None]
@@ -35,17 +34,6 @@ def dft_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         measuring, "_times", lambda steps, *_: ({name: 1.0 if name == "dft" else 2.0 for name in steps}, {})
     )
-
-
-def stop_in_update(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = engine.train_update
-
-    def update(t: engine.Training, batches: Any, progress: engine.Progress, lr: float) -> Any:
-        if progress.update + 1 == number:
-            t.stop.received = signal.SIGTERM
-        return original(t, batches, progress, lr)
-
-    monkeypatch.setattr(engine, "train_update", update)
 
 
 def never(model: nn.Module, batch: Tensor) -> Tuning:
@@ -73,7 +61,7 @@ def test_run_that_tunes_says_so_keeps_it_and_repeats_it(
     assert metrics(whole)[-1]["train_loss"] == pytest.approx(metrics(plain)[-1]["train_loss"], rel=1e-3)
 
     with monkeypatch.context() as patched:
-        stop_in_update(3, patched)
+        stop_in(3, patched)
         with pytest.raises(SystemExit, match=r"^143$"):
             micro_run(run_here, tmp_path / "stopped", epochs=2, **{"run.tune": True})
     tuned.forget()
