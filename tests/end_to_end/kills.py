@@ -26,7 +26,7 @@ from sgconvnext.training.run_folder import RunFolder
 MARK = "SGCONVNEXT_KILLED_RUN"  # in the environment of every process of a run
 GRACE_S = 60.0  # a run that is asked to stop, and the workers of a killed one, are gone by then on a busy machine too
 UPDATE = re.compile(r"^epoch (\d+) update (\d+)/(\d+) ", re.MULTILINE)
-KNOBS: dict[str, Any] = AUGMENTED | {"ema.decay": 0.9, "data.workers": 2, "epochs": 8, "save.every": 2}
+KNOBS: dict[str, Any] = AUGMENTED | {"ema.decay": 0.9, "data.workers": 2, "epochs": 4, "save.every": 2}
 
 
 @dataclass
@@ -84,6 +84,12 @@ class Killed:
             assert position(self.out) == updates(text)[-1], self.told
         return False
 
+    def finish(self, want: str) -> None:
+        """Let the run go on to its end, where it has the fingerprint ``want``."""
+        log = self.folder / "end.log"
+        assert self.start("resume=auto", log=log).wait(300) == 0, log.read_text()
+        assert fingerprint(self.out / "last.pth") == want, self.told
+
     def look(self, before: tuple[int, ...], log: str) -> None:
         """Nothing is lost, damaged or left over."""
         folder = RunFolder(self.out)
@@ -136,16 +142,13 @@ def survive(
     """Kill a run so many times; it must end with the fingerprint ``want`` of `straight`. Returns what was done."""
     chance, done = random.Random(seed), []
     while len(done) < kills:
-        place = Path(tempfile.mkdtemp(prefix="killed-", dir=folder))
-        run = Killed(place, processes, script)
+        run = Killed(Path(tempfile.mkdtemp(prefix="killed-", dir=folder)), processes, script)
         ended = False
         while not ended and len(done) + len(run.told) < kills:
             number = chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
             in_training = chance.random() < 0.8  # else anywhere between the interpreter's start and then
             ended = run.kill(number, chance.uniform(0, 1.5) if in_training else -chance.uniform(0, 6))
-        log = place / "end.log"
-        assert run.start("resume=auto", log=log).wait(300) == 0, log.read_text()
-        assert fingerprint(run.out / "last.pth") == want, run.told
+        run.finish(want)
         done += run.told
     return done
 

@@ -25,10 +25,10 @@ TRAFFIC = {
 }
 
 
-def compiled(size: str, dtype: torch.dtype, cache: Path) -> list[dict[str, Any]]:
+def compiled(models: list[str], cache: Path) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(TESTS / "triton_block_compiled.py"), size, str(dtype).removeprefix("torch.")],
+        [sys.executable, str(TESTS / "triton_block_compiled.py"), *models],
         env=environment | {"PYTHONPATH": str(TESTS.parent), "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
@@ -55,14 +55,12 @@ def tiles(program: str, channels: int, length: int, dtype: torch.dtype) -> dict[
     }
 
 
-@pytest.mark.parametrize(
-    ("size", "dtype"), [(size, torch.bfloat16) for size in ("tiny", "base", "large")] + [("tiny", torch.float32)]
-)
-def test_programs_stay_in_registers_and_move_wide_words(size: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    rows = compiled(size, dtype, tmp_path)
-    assert len(rows) == 4 * len(TRAFFIC)
+def test_programs_stay_in_registers_and_move_wide_words(tmp_path: Path) -> None:
+    models = ["tiny:bfloat16", "base:bfloat16", "large:bfloat16", "tiny:float32"]
+    rows = compiled(models, tmp_path)
+    assert len(rows) == 4 * len(TRAFFIC) * len(models)
     for row in rows:
-        operands = tiles(row["program"], row["channels"], row["length"], dtype)
+        operands = tiles(row["program"], row["channels"], row["length"], getattr(torch, row["dtype"]))
         assert row["stack"] == row["spills"] == 0, row
         for moved, names in zip((row["loaded"], row["stored"]), TRAFFIC[row["program"]], strict=True):
             by_width = {int(width): size for width, size in moved.items()}

@@ -1,6 +1,6 @@
 """Compile the block's Triton operators for an H100, on any machine, and print what became of every program as JSON.
 
-    python triton_block_compiled.py TINY DTYPE      # the size of a model, and the dtype of its norms and branches
+    python triton_block_compiled.py tiny:bfloat16 large:bfloat16      # sizes of models, dtypes of norms and branches
 
 The operators run as they are, on CPU tensors, up to the launch: each program is specialised for the arguments that it
 would get. Not under TRITON_INTERPRET, where nothing is compiled.
@@ -90,15 +90,16 @@ def launch(channels: int, length: int, dtype: torch.dtype) -> None:
     block._residual_gradients(shortcut, x, y, parameter, keep, dtype)
 
 
-def main(size: str, dtype: torch.dtype) -> None:
-    driver.set_active(Hopper())
-    rows = []
+def rows(size: str, dtype: str) -> list[dict[str, Any]]:
+    """Every program at every stage of a model."""
+    found = []
     for channels, side in zip(SIZES[size]["dims"], (56, 28, 14, 7), strict=True):
         shape = {"channels": channels, "length": side * side}
-        programs = compiled_by(functools.partial(launch, **shape, dtype=dtype))
-        rows += [{"program": name} | shape | anatomy(program) for name, program in programs.items()]
-    json.dump(rows, sys.stdout)
+        programs = compiled_by(functools.partial(launch, **shape, dtype=getattr(torch, dtype)))
+        found += [{"program": name, "dtype": dtype} | shape | anatomy(program) for name, program in programs.items()]
+    return found
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], getattr(torch, sys.argv[2]))
+    driver.set_active(Hopper())
+    json.dump([row for model in sys.argv[1:] for row in rows(*model.split(":"))], sys.stdout)
