@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, Mlp
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
@@ -19,7 +20,7 @@ from ..longconv.precision import product_dtype
 from .gate import Gate
 from .kept import forget
 from .layer import SGConv2d
-from .packed_mlp import PackedMlp, packed
+from .packed_mlp import PackedMlp, chunk_size, packed
 
 CHUNK_TOKENS = 1024  # tokens whose hidden layer stays in a CPU's cache; measured with widths 96 to 768
 
@@ -158,9 +159,13 @@ def _branch(block: Any, y: Tensor, x: Tensor) -> Tensor:
 def packed_form(block: Any, x: Tensor, mlp: PackedMlp) -> Tensor:
     """As `chunked_form`, with packed weights; layer scale and sum are in the products."""
     y = block.sgconv(x).permute(0, 2, 3, 1)
-    chunks, shortcuts = _token_chunks(y), _token_chunks(x.permute(0, 2, 3, 1))
-    done = [_packed_sum(block, mlp, chunk, part) for chunk, part in zip(chunks, shortcuts, strict=True)]
-    return (done[0] if len(done) == 1 else torch.cat(done)).view_as(y).permute(0, 3, 1, 2)
+    tokens, shortcuts = y.flatten(0, 2), x.permute(0, 2, 3, 1).flatten(0, 2)
+    size, missing = chunk_size(tokens.shape[0], tokens.shape[1], CHUNK_TOKENS)
+    if missing:
+        tokens, shortcuts = F.pad(tokens, (0, 0, 0, missing)), F.pad(shortcuts, (0, 0, 0, missing))
+    done = [_packed_sum(block, mlp, *parts) for parts in zip(tokens.split(size), shortcuts.split(size), strict=True)]
+    whole = done[0] if len(done) == 1 else torch.cat(done)
+    return (whole[:-missing] if missing else whole).view_as(y).permute(0, 3, 1, 2)
 
 
 def _packed_sum(block: Any, mlp: PackedMlp, y: Tensor, x: Tensor) -> Tensor:

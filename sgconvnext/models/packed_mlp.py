@@ -11,6 +11,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .kept import forget, kept
 
+# oneDNN compiles a program for every number of tokens and keeps 1,024 of them, 0.2 MB each. So many sizes of a chunk
+# are taken as they are; any further one is filled up to the next multiple of STEP.
+EXACT_SIZES, STEP = 32, 64
+_SIZES: set[tuple[int, int]] = set()  # tokens and channels, of the whole process
+
 
 class PackedMlp(NamedTuple):
     """x + gamma * Linear(GELU(Linear(y))), of tokens y and shortcuts x (tokens, C), as two operators.
@@ -70,6 +75,18 @@ def packed(block: Any, dtype: torch.dtype) -> PackedMlp | None:
             return kept(block, dtype, list(weights.values()), lambda: pack(**weights))
     forget(block)
     return None
+
+
+def chunk_size(tokens: int, channels: int, most: int) -> tuple[int, int]:
+    """The tokens of a chunk, for the fewest equal chunks of at most so many, and how many to add behind the last."""
+    size = -(-tokens // -(-tokens // most))
+    sizes = {(each, channels) for each in (size, tokens % size) if each}
+    if not sizes <= _SIZES:
+        if len(_SIZES) >= EXACT_SIZES:
+            size = -(-size // STEP) * STEP
+            return size, -tokens % size
+        _SIZES.update(sizes)
+    return size, 0
 
 
 def _is_known(mlp: nn.Module) -> bool:

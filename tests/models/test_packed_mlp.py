@@ -381,3 +381,22 @@ def test_whoever_looks_at_the_operators_sees_ordinary_ones() -> None:
     assert "aten::addmm" in seen.names
     assert not any(name.startswith("mkldnn") for name in seen.names)
     assert relative_error(got, want) <= 1e-6
+
+
+def test_many_sizes_need_few_programs_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which oneDNN would keep for every number of tokens."""
+    monkeypatch.setattr(packed_mlp, "_SIZES", set())
+    given, original = set(), packed_mlp.PackedMlp.__call__
+
+    def counted(mlp: Any, tokens: Tensor, shortcut: Tensor) -> Tensor:
+        given.add(len(tokens))
+        return original(mlp, tokens, shortcut)
+
+    monkeypatch.setattr(packed_mlp.PackedMlp, "__call__", counted)
+    block = fixed_block()
+    for height in range(1, 60, 3):
+        for width in range(1, 80, 3):
+            x = torch.randn(1, 16, height, width)
+            assert relative_error(branch(block, x), exact(block, x)) <= 2e-6, (height, width)
+    assert 33 < len(given) <= packed_mlp.EXACT_SIZES + 1 + 1024 // packed_mlp.STEP
+    assert packed_mlp.EXACT_SIZES <= len(packed_mlp._SIZES) <= packed_mlp.EXACT_SIZES + 1
