@@ -21,8 +21,7 @@ from .gate import Gate
 from .kept import forget
 from .layer import SGConv2d
 from .packed_mlp import PackedMlp, chunk_size, packed
-
-CHUNK_TOKENS = 1024  # tokens whose hidden layer stays in a CPU's cache; measured with widths 96 to 768
+from .ways import Way, choice, shipped_chunk
 
 Form: TypeAlias = Callable[[Any, Tensor], Tensor]  # (block, x) -> the block's output
 
@@ -35,24 +34,28 @@ def fused_forward(block: Any, x: Any) -> Form | None:
     needs a convolution that Triton runs. The forms for a CPU need eager execution, and no transform or tracer at work.
     Packed weights also need inference in float32, or under autocast in bfloat16, after `reparameterize`.
     """
-    if not _is_known(block):
+    if not isinstance(x, Tensor) or not _is_known(block):
         return None
-    if _runs_triton(block, x):
+    way = choice(block, x)
+    if _runs_triton(block, x, way):
         return triton_form
     if not runs_eagerly_on_cpu(x) or x.numel() == 0:
         return None
     infers = not torch.is_grad_enabled() and getattr(block.sgconv, "taps", None) is not None
-    dtype = _packed_dtype(x) if infers and not _drops(block) else None
+    packs = infers and not _drops(block) and (way is None or way.kind == "packed")
+    dtype = _packed_dtype(x) if packs else None
     if dtype is None:
         forget(block)  # an optimiser's step may follow, or the weights have another dtype now
     if _is_hooked(block):
         return None
+    tokens = x.shape[0] * x.shape[2] * x.shape[3]
+    most = shipped_chunk() if way is None else way.chunk(tokens)
     mlp = packed(block, dtype) if dtype is not None else None
     if mlp is not None:
-        return functools.partial(packed_form, mlp=mlp)
+        return functools.partial(packed_form, mlp=mlp, most=most)
     if torch.is_autocast_enabled("cpu") and torch.is_inference_mode_enabled():
         return None  # autocast keeps no weights there: every chunk would cast them again
-    return chunked_form if x.shape[0] * x.shape[2] * x.shape[3] > CHUNK_TOKENS else None
+    return functools.partial(chunked_form, most=most) if tokens > most else None
 
 
 def _packed_dtype(x: Tensor) -> torch.dtype | None:
@@ -67,7 +70,7 @@ def fused_chain(blocks: nn.Sequential, x: Any) -> Callable[[Any, Tensor], Tensor
     """The form that may stand in for ``blocks(x)`` now, or None: where `triton_form` may for each, under autocast."""
     if not isinstance(x, Tensor) or product_dtype(x) == x.dtype:
         return None
-    fits = all(_is_known(block) and _runs_triton(block, x) for block in blocks)
+    fits = all(_is_known(block) and _runs_triton(block, x, choice(block, x)) for block in blocks)
     return triton_chain if fits and not _is_hooked(blocks) else None
 
 
@@ -75,8 +78,10 @@ def _is_known(block: Any) -> bool:
     return type(block.norm) is LayerNorm and type(block.mlp) is Mlp and type(block.gate) in (Gate, NoneType)
 
 
-def _runs_triton(block: Any, x: Any) -> bool:
-    if not isinstance(x, Tensor) or type(block.sgconv) is not SGConv2d or block.sgconv.backend_for(x) != "triton":
+def _runs_triton(block: Any, x: Tensor, way: Way | None) -> bool:
+    if way is not None and way.kind != "triton":
+        return False
+    if type(block.sgconv) is not SGConv2d or block.sgconv.backend_for(x) != "triton":
         return False
     transformed = not torch.compiler.is_compiling() and is_transformed()
     known = type(block.drop_path) in (DropPath, nn.Identity)
@@ -137,10 +142,10 @@ def _triton_sum(block: Any, x: Tensor, signal: Tensor, copy: torch.dtype | None)
     return y.view(x.shape), copied if copy is None else copied.view(x.shape)
 
 
-def chunked_form(block: Any, x: Tensor) -> Tensor:
-    """Gate, norm and MLP for a chunk of tokens at a time: the hidden layer, 4 times larger, stays in the cache."""
+def chunked_form(block: Any, x: Tensor, most: int) -> Tensor:
+    """Gate, norm and MLP for so many tokens at a time: the hidden layer, 4 times larger, stays in the cache."""
     y = block.sgconv(x).permute(0, 2, 3, 1)
-    chunks, shortcuts = _token_chunks(y), _token_chunks(x.permute(0, 2, 3, 1))
+    chunks, shortcuts = _token_chunks(y, most), _token_chunks(x.permute(0, 2, 3, 1), most)
     if _drops(block):  # drop path takes whole images
         branches = [_branch(block, chunk, part) for chunk, part in zip(chunks, shortcuts, strict=True)]
         return block.drop_path(torch.cat(branches).view_as(y).permute(0, 3, 1, 2)) + x
@@ -156,11 +161,11 @@ def _branch(block: Any, y: Tensor, x: Tensor) -> Tensor:
     return y if block.gamma is None else y * block.gamma
 
 
-def packed_form(block: Any, x: Tensor, mlp: PackedMlp) -> Tensor:
+def packed_form(block: Any, x: Tensor, mlp: PackedMlp, most: int) -> Tensor:
     """As `chunked_form`, with packed weights; layer scale and sum are in the products."""
     y = block.sgconv(x).permute(0, 2, 3, 1)
     tokens, shortcuts = y.flatten(0, 2), x.permute(0, 2, 3, 1).flatten(0, 2)
-    size, missing = chunk_size(tokens.shape[0], tokens.shape[1], CHUNK_TOKENS)
+    size, missing = chunk_size(tokens.shape[0], tokens.shape[1], most)
     if missing:
         tokens, shortcuts = F.pad(tokens, (0, 0, 0, missing)), F.pad(shortcuts, (0, 0, 0, missing))
     done = [_packed_sum(block, mlp, *parts) for parts in zip(tokens.split(size), shortcuts.split(size), strict=True)]
@@ -175,8 +180,8 @@ def _packed_sum(block: Any, mlp: PackedMlp, y: Tensor, x: Tensor) -> Tensor:
     return mlp(block.norm(y), x)
 
 
-def _token_chunks(y: Tensor) -> tuple[Tensor, ...]:
-    """(B, H, W, C) as the fewest equal chunks (tokens, C) of at most CHUNK_TOKENS."""
+def _token_chunks(y: Tensor, most: int) -> tuple[Tensor, ...]:
+    """(B, H, W, C) as the fewest equal chunks (tokens, C) of at most so many."""
     tokens = y.shape[:3].numel()
-    size = -(-tokens // -(-tokens // CHUNK_TOKENS))
+    size = -(-tokens // -(-tokens // most))
     return y.flatten(0, 2).split(size)

@@ -30,8 +30,8 @@ import sgconvnext  # noqa: F401  registers the models with timm
 
 from .. import console, figure
 from ..errors import is_out_of_memory
-from ..tuning import Choice, Tuning
-from . import flops, ops, plot, scaling, throughput, tiles, tune
+from ..tuning import BlockChoice, Choice, Tuning
+from . import flops, ops, plot, race, scaling, throughput, tiles, tune
 from .session import Session
 from .table import STYLES, Table, environment, render
 from .workload import DTYPES, EAGER, WAYS, Workload, network
@@ -107,7 +107,7 @@ def run_ops(args: argparse.Namespace, session: Session) -> list[Table]:
 def run_tune(args: argparse.Namespace, session: Session) -> list[Table]:
     if args.save and not Path(args.save).resolve().parent.is_dir():
         raise ValueError(f"--save {args.save!r} is in no folder; make it, or name another file")
-    choices: list[Choice] = []
+    choices: list[Choice | BlockChoice] = []
 
     def measure(spec: str, work: Workload) -> None:
         model, images, autocast = network(spec, work)
@@ -119,7 +119,7 @@ def run_tune(args: argparse.Namespace, session: Session) -> list[Table]:
     found = Tuning(choices, tune.facts(torch.device(args.device)))
     if args.save and choices:
         found.save(args.save)
-    return [found.table()]
+    return [found.table(), found.block_table()]
 
 
 def run_scaling(args: argparse.Namespace, session: Session) -> list[Table]:
@@ -255,7 +255,7 @@ def _tune(sub: Parser) -> None:
     sub.add_argument("--save", type=console.path, metavar="JSON", help="write the choices, for sgconvnext.Tuning.load")
     _add_machine(sub, ["inference", "training"])
     _add_output(sub)
-    clock = {"rounds": tune.ROUNDS, "round_seconds": tune.ROUND_S, "seconds": math.inf}
+    clock = {"rounds": race.ROUNDS, "round_seconds": race.ROUND_S, "seconds": math.inf}
     sub.set_defaults(measure=run_tune, run=[[]], compile=False, **clock)
 
 

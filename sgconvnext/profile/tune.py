@@ -1,4 +1,4 @@
-"""Measure which backend of the long convolution is the fastest on this machine, and let "auto" take it.
+"""Measure which backend of the long convolution, and which form of the block, is the fastest on this machine.
 
 In the manner of torch.backends.cudnn.benchmark, but only when asked:
 
@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from ..errors import is_out_of_memory, one_line
 from ..longconv import available_backends, check, freeze, long_conv, tuned
 from ..longconv.choice import shipped_backend
-from ..tuning import TIE, Choice, Tuning
+from ..tuning import Choice, Tuning
+from . import race, tune_blocks
 from .table import environment
-from .timing import Step, rounds_of
+from .timing import Step
 
-ROUNDS, ROUND_S = 5, 0.1  # of each backend
-SLOW = 2.0  # times the fastest: a backend that takes so long once is not timed again
 MATRIX_LIMIT = 2**30  # bytes of the L x L matrices of all channels, above which a backend that builds them is left out
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # relative
 TF32_TOLERANCE = 2e-3  # of float32 on a GPU where products may be rounded to TF32
@@ -59,8 +58,10 @@ def tune(model: nn.Module, batch: Tensor) -> Tuning:
         raise ValueError(f"{type(model).__name__} has no SGConv layer with backend='auto'; give an SGConvNeXt")
     drawn = torch.random.fork_rng(devices=[batch.device] if batch.is_cuda else [])
     with drawn, torch.inference_mode(False):  # whose tensors have no gradient
-        choices = [_measure(each, batch.device) for each in asked]
-    return Tuning(choices, facts(batch.device)).use()
+        convolutions = [_measure(each, batch.device) for each in asked]
+        Tuning(convolutions, here := facts(batch.device)).use()  # the blocks are measured with them
+    blocks = tune_blocks.choices(model, batch)
+    return Tuning([*convolutions, *blocks], here).use()
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -71,14 +72,8 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 def _asked(model: nn.Module, batch: Tensor) -> list[tuned.Asked]:
     """The different convolutions of a forward pass, which changes nothing in the model."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()  # draws no random numbers, and moves no running mean
-    try:
-        with tuned.listening() as asked, torch.no_grad():
-            getattr(model, "_orig_mod", model).forward(batch)  # not compiled, to be quick
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with race.evaluated(model), tuned.listening() as asked, torch.no_grad():
+        getattr(model, "_orig_mod", model).forward(batch)  # not compiled, to be quick
     if model.training:
         asked = [each._replace(convolution=each.convolution._replace(work="training")) for each in asked]
     return list({(each.convolution, each.batch): each for each in reversed(asked)}.values())[::-1]  # the first of each
@@ -111,7 +106,7 @@ def _measure(asked: tuned.Asked, device: torch.device) -> Choice:
         told = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise ValueError(f"no backend convolves {which.channels} channels x {which.length} samples rightly: {told}")
     shipped = shipped_backend(x, batch, which.length, asked.one_length)
-    seconds, slow = _times(steps, shipped, device)
+    seconds, slow = race.times(steps, shipped, device)
     return Choice(
         device=which.device,
         dtype=str(which.dtype).partition(".")[2],
@@ -119,19 +114,12 @@ def _measure(asked: tuned.Asked, device: torch.device) -> Choice:
         length=which.length,
         work=which.work,
         batch=batch,
-        backend=_fastest(seconds, shipped),
+        backend=race.fastest(seconds, shipped),
         shipped=shipped,
         seconds=seconds,
         errors=errors,
         left_out=left_out | slow,
     )
-
-
-def _fastest(seconds: dict[str, float], shipped: str) -> str:
-    """The shipped choice, unless it was left out or another one is faster by more than a tie."""
-    fastest = min(seconds, key=seconds.__getitem__, default=shipped)
-    keep = shipped in seconds and seconds[shipped] <= TIE * seconds[fastest]
-    return shipped if keep else fastest
 
 
 def _signal(asked: tuned.Asked, device: torch.device) -> Tensor:
@@ -186,19 +174,3 @@ def _step(name: str, which: tuned.Convolution, truth: check.Truth) -> Step:
             torch.autograd.grad(y, [x, taps], truth.dy.to(y.dtype))
 
     return train
-
-
-def _times(steps: dict[str, Step], shipped: str, device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds by name, in alternating turns; and, of those that are slow at their first turn, that they are.
-
-    The fastest turn counts: what else the machine does only adds to it.
-    """
-    once = {name: min(next(rounds_of([step], device, ROUND_S))[0]) for name, step in steps.items()}
-    limit = SLOW * min(once.values(), default=0.0)
-    raced = [name for name in steps if once[name] <= limit or name == shipped]
-    seconds = {name: once[name] for name in raced}
-    if len(raced) > 1:
-        rounds = rounds_of([steps[name] for name in raced], device, ROUND_S)
-        by_name = zip(*(next(rounds) for _ in range(ROUNDS)), strict=True)
-        seconds = {name: min(map(min, own)) for name, own in zip(raced, by_name, strict=True)}
-    return seconds, {name: f"slow, {1000 * once[name]:.3g} ms" for name in steps if name not in seconds}

@@ -22,7 +22,7 @@ SHAPE = (3, 8, 10, 7)  # 210 tokens
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "CHUNK_TOKENS", 64)  # four chunks, which 210 does not divide into
+    monkeypatch.setattr(fused, "shipped_chunk", lambda: 64)  # four chunks, which 210 does not divide into
 
 
 def whole(module: SGConvNeXtBlock, *arguments: Any) -> Any:

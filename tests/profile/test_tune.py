@@ -20,7 +20,7 @@ from sgconvnext import tuning
 from sgconvnext.longconv import BACKENDS, choose_backend, dft, fft, tuned
 from sgconvnext.longconv import compiled as compiled_backends
 from sgconvnext.profile import __main__ as main
-from sgconvnext.profile import timing, tune
+from sgconvnext.profile import race, timing, tune
 
 TOKENS = [256, 64, 16, 4]  # of the stages at 64 px
 
@@ -28,7 +28,7 @@ TOKENS = [256, 64, 16, 4]  # of the stages at 64 px
 @pytest.fixture(autouse=True)
 def _untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(timing, "TURN_S", 1e-4)
-    monkeypatch.setattr(tune, "ROUND_S", 1e-4)
+    monkeypatch.setattr(race, "ROUND_S", 1e-4)
     tuned.forget()
     yield
     tuned.forget()
@@ -43,7 +43,7 @@ def dft_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
             step()
         return {name: 1.0 if name == "dft" else 2.0 for name in steps}, {}
 
-    monkeypatch.setattr(tune, "_times", times)
+    monkeypatch.setattr(race, "times", times)
 
 
 def images(batch: int = 2) -> Tensor:
