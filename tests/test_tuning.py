@@ -10,6 +10,7 @@ import torch
 from helpers import refused
 
 import sgconvnext
+from sgconvnext import tuning
 from sgconvnext.longconv import choose_backend, tuned
 from sgconvnext.profile.table import device_name
 from sgconvnext.tuning import Choice, Tuning
@@ -32,9 +33,9 @@ HERE = {"device": device_name(torch.device("cpu")), "torch": torch.__version__, 
 
 @pytest.fixture(autouse=True)
 def _untuned() -> Iterator[None]:
-    tuned.forget()
+    tuning.forget()
     yield
-    tuned.forget()
+    tuning.forget()
 
 
 def test_saved_choices_come_back_and_are_used(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def fused_forward(block: Any, x: Any) -> Form | None:
     A form calls modules with other shapes, or not at all. So gate, norm and MLP must be those of the block, which work
     token by token, and nobody may watch or replace what is inside: no hooks, no forward of their own. `triton_form`
     needs a convolution that Triton runs. The forms for a CPU need eager execution, and no transform or tracer at work.
-    Packed weights also need inference in float32, or under autocast in bfloat16, after `reparameterize`.
+    Packed weights also need inference in float32, or under autocast in bfloat16, after `reparameterize`. Of what may
+    stand in, `ways` tells what is the fastest.
     """
     if not isinstance(x, Tensor) or not _is_known(block):
         return None

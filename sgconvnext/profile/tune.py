@@ -32,12 +32,13 @@ TF32_TOLERANCE = 2e-3  # of float32 on a GPU where products may be rounded to TF
 
 
 def tune(model: nn.Module, batch: Tensor) -> Tuning:
-    """Check and time every backend for the convolutions of a model, and let "auto" take the fastest from now on.
+    """Check and time the backends of a model's convolutions, then the forms of its blocks; the fastest run from now on.
 
     The output, and in training the gradients, of every backend are first compared with the definition in float64. One
     that is wrong on this device is left out, and told. The convolutions, their batch and dtype are those of a forward
     pass with these images: call it as you will call the model, under autocast if you use it. A model in training
-    mode is measured forward and backward, any other one forward, after `reparameterize_model` with fixed taps.
+    mode is measured forward and backward, any other one forward, after `reparameterize_model` with fixed taps. The
+    forms of a block are compared with the block itself in float64, see `tune_blocks`.
 
     The choices hold in this process, for every model, and for batches from half to twice this one: those of a model in
     training mode wherever gradients are on, the others under torch.no_grad and torch.inference_mode. Outputs with and
@@ -51,7 +52,7 @@ def tune(model: nn.Module, batch: Tensor) -> Tuning:
         what was measured; its `save` keeps it.
 
     Raises:
-        ValueError: the model asks for no backend, or no backend is right.
+        ValueError: the model asks for no backend, or no backend or no form is right.
     """
     asked = _asked(model, batch)
     if not asked:

@@ -21,6 +21,7 @@ from sgconvnext.longconv import BACKENDS, choose_backend, dft, fft, tuned
 from sgconvnext.longconv import compiled as compiled_backends
 from sgconvnext.profile import __main__ as main
 from sgconvnext.profile import race, timing, tune
+from sgconvnext.tuning import Choice
 
 TOKENS = [256, 64, 16, 4]  # of the stages at 64 px
 
@@ -29,9 +30,9 @@ TOKENS = [256, 64, 16, 4]  # of the stages at 64 px
 def _untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(timing, "TURN_S", 1e-4)
     monkeypatch.setattr(race, "ROUND_S", 1e-4)
-    tuned.forget()
+    tuning.forget()
     yield
-    tuned.forget()
+    tuning.forget()
 
 
 @pytest.fixture
@@ -252,7 +253,7 @@ def test_command_prints_every_backend_and_saves_the_choices(
     )
     main.main()
     rows = json.loads(capsys.readouterr().out)["tables"][0]["rows"]
-    choices = sgconvnext.Tuning.load(path).choices
+    choices = [each for each in sgconvnext.Tuning.load(path).choices if isinstance(each, Choice)]
     assert {(each.work, each.batch) for each in choices} == {
         (work, batch) for work in ("training", "inference") for batch in (2, 3)
     }

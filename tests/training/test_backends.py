@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from training_helpers import fingerprint, metrics, micro_config, micro_model, micro_run, stop_in, training
 
 import sgconvnext
+from sgconvnext import tuning
 from sgconvnext.longconv import tuned
-from sgconvnext.profile import tune as measuring
+from sgconvnext.profile import race
 from sgconvnext.profile.table import device_name
 from sgconvnext.training import backends, checkpoint
 from sgconvnext.tuning import Choice, Tuning
@@ -24,16 +25,14 @@ RunHere = Callable[..., None]
 
 @pytest.fixture(autouse=True)
 def _untuned() -> Iterator[None]:
-    tuned.forget()
+    tuning.forget()
     yield
-    tuned.forget()
+    tuning.forget()
 
 
 @pytest.fixture
 def dft_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        measuring, "_times", lambda steps, *_: ({name: 1.0 if name == "dft" else 2.0 for name in steps}, {})
-    )
+    monkeypatch.setattr(race, "times", lambda steps, *_: ({name: 1.0 if name == "dft" else 2.0 for name in steps}, {}))
 
 
 def never(model: nn.Module, batch: Tensor) -> Tuning:
@@ -55,8 +54,8 @@ def test_run_that_tunes_says_so_keeps_it_and_repeats_it(
     whole = micro_run(run_here, tmp_path / "whole", epochs=2, **{"run.tune": True})
     told = [line for line in caplog.messages if line.startswith("backend: ")]
     assert told[0] == "backend: 8 channels x 64 samples, batch 16, float32, training: dft, 2.00 times as fast as fft"
-    assert len(told) == 8  # a training step and an evaluation of four stages
-    assert len(checkpoint.load(whole / "last.pth")["tuning"]["choices"]) == 8
+    assert len(told) == 10  # a training step and an evaluation: of four stages, and of the first one's block
+    assert len(checkpoint.load(whole / "last.pth")["tuning"]["choices"]) == 10
     assert fingerprint(whole / "last.pth") != fingerprint(plain / "last.pth")
     assert metrics(whole)[-1]["train_loss"] == pytest.approx(metrics(plain)[-1]["train_loss"], rel=1e-3)
 
@@ -97,7 +96,7 @@ def test_choices_for_something_else_are_measured_again(
     found = backends.settle(training(micro_config(**{"run.tune": True})), kept, sgconvnext.tune)
     assert told in caplog.text
     assert found is not None
-    assert len(found["choices"]) == 8
+    assert len(found["choices"]) == 10
 
 
 def test_model_without_a_layer_that_asks_is_refused() -> None:

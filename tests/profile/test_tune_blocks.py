@@ -1,0 +1,107 @@
+"""sgconvnext.tune on blocks: the ways that it checks, times and lets them take."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import GATED, relative_error, small_model
+from timm.utils import reparameterize_model
+from torch import Tensor
+
+import sgconvnext
+from sgconvnext import tuning
+from sgconvnext.models import fused, ways
+from sgconvnext.models.ways import Way
+from sgconvnext.profile import race, timing
+from sgconvnext.tuning import BlockChoice
+
+
+@pytest.fixture(autouse=True)
+def _untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(timing, "TURN_S", 1e-4)
+    monkeypatch.setattr(race, "ROUND_S", 1e-4)
+    tuning.forget()
+    yield
+    tuning.forget()
+
+
+@pytest.fixture
+def chunks_are_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their steps run, but the clock says so."""
+
+    def times(steps: dict[str, Any], *_: Any) -> tuple[dict[str, float], dict[str, str]]:
+        for step in steps.values():
+            step()
+        return {name: 1.0 if name == "modules/512" else 2.0 for name in steps}, {}
+
+    monkeypatch.setattr(race, "times", times)
+
+
+def images(batch: int = 4) -> Tensor:
+    return torch.randn(batch, 3, 64, 64)  # 1,024 tokens in the first stage
+
+
+def blocks(found: sgconvnext.Tuning) -> list[BlockChoice]:
+    return [each for each in found.choices if isinstance(each, BlockChoice)]
+
+
+@pytest.mark.parametrize("options", [{}, GATED], ids=str)
+@pytest.mark.parametrize(("mode", "work"), [("train", "training"), ("eval", "inference"), ("fixed", "frozen")])
+def test_block_takes_what_was_measured_and_outputs_agree(
+    mode: str, work: str, options: dict[str, Any], chunks_are_fastest: None, tmp_path: Path
+) -> None:
+    model = small_model(ls_init_value=0.5, drop_path_rate=0.3, **options).train(mode == "train")
+    if mode == "fixed":
+        model = reparameterize_model(model)
+    x = images()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.set_grad_enabled(mode == "train"):
+        before = model.eval()(x) if mode != "train" else None
+        model.train(mode == "train")
+        found = sgconvnext.tune(model, x)
+    first = blocks(found)[0]
+    assert (first.work, first.tokens, first.backend) == (work, 1024, "modules/512")
+    assert first.shipped == ("packed" if mode == "fixed" else "modules")
+    assert {"modules", "modules/512"} | ({"packed", "packed/512"} if mode == "fixed" else set()) == set(first.seconds)
+    names = set(tuning.BLOCK_ERRORS) if mode == "train" else {"y error"}
+    assert all(set(errors) == names for errors in first.errors.values())
+    assert all(0 < error <= 1e-5 for errors in first.errors.values() for error in errors.values())
+    assert ways._MEASURED
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    if before is not None:
+        with torch.no_grad():
+            assert relative_error(model(x), before) <= 1e-5
+    found.save(tmp_path / "a.json")
+    tuning.forget()
+    assert not ways._MEASURED
+    assert sgconvnext.Tuning.load(tmp_path / "a.json").use() == found
+    assert next(iter(ways._MEASURED.values())) == {1024: Way("modules", 512)}
+
+
+def test_real_clock_chooses_among_ways_that_are_right() -> None:
+    [first] = blocks(sgconvnext.tune(small_model().train(), images()))
+    assert first.backend in first.seconds
+    assert all(seconds > 0 for seconds in first.seconds.values())
+    assert first.gain >= 1
+    assert str(first).startswith("block of 8 channels, 1024 tokens, float32, training: modules")
+
+
+def test_wrong_way_is_left_out_and_named(chunks_are_fastest: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = fused.chunked_form
+    monkeypatch.setattr(fused, "chunked_form", lambda block, x, most: own(block, x, most) * 1.01)
+    found = sgconvnext.tune(small_model().train(), images())
+    [first] = blocks(found)
+    assert first.backend == first.shipped == "modules"
+    assert first.left_out["modules/512"].startswith("wrong, y error ")
+    assert "modules/512 left out: wrong" in str(first)
+    assert "left out: wrong" in str(found.block_table().cells())
+
+
+def test_way_that_gives_nan_is_left_out(chunks_are_fastest: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = fused.chunked_form
+    monkeypatch.setattr(fused, "chunked_form", lambda block, x, most: own(block, x, most) * float("nan"))
+    [first] = blocks(sgconvnext.tune(small_model(), images()))
+    assert first.backend == "modules"
+    assert first.left_out["modules/512"].startswith("wrong, y error nan")
