@@ -32,7 +32,7 @@ TF32_TOLERANCE = 2e-3  # of float32 on a GPU where products may be rounded to TF
 
 
 def tune(model: nn.Module, batch: Tensor) -> Tuning:
-    """Check and time the backends of a model's convolutions, then the forms of its blocks; the fastest run from now on.
+    """Check and time the backends of a model's convolutions and the forms of its blocks; the fastest run from now on.
 
     The output, and in training the gradients, of every backend are first compared with the definition in float64. One
     that is wrong on this device is left out, and told. The convolutions, their batch and dtype are those of a forward
