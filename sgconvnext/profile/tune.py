@@ -61,7 +61,7 @@ def tune(model: nn.Module, batch: Tensor) -> Tuning:
     with drawn, torch.inference_mode(False):  # whose tensors have no gradient
         convolutions = [_measure(each, batch.device) for each in asked]
         Tuning(convolutions, here := facts(batch.device)).use()  # the blocks are measured with them
-    blocks = tune_blocks.choices(model, batch)
+        blocks = tune_blocks.choices(model, batch)
     return Tuning([*convolutions, *blocks], here).use()
 
 

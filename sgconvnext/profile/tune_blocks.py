@@ -21,54 +21,60 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 
 class Seen(NamedTuple):
-    """A block of a network, and the map that it had."""
+    """A block of a network, and the map that it had: its shape, dtype and layout, without memory."""
 
     block: SGConvNeXtBlock
     x: Tensor
+    device: torch.device
 
 
 def choices(model: nn.Module, batch: Tensor) -> list[BlockChoice]:
     """The fastest way of each different block, of those whose output, and in training gradients, are right."""
-    found: dict[tuple[ways.Block, int], Seen] = {}
-    for seen in _seen(model, batch):
-        with torch.set_grad_enabled(model.training):
-            found.setdefault((ways.block_of(seen.block, seen.x), _tokens(seen.x)), seen)
-    measured = [_measure(which, tokens, seen) for (which, tokens), seen in found.items()]
+    measured = [_measure(which, tokens, seen) for (which, tokens), seen in _seen(model, batch).items()]
     return [choice for choice in measured if choice is not None]
 
 
-def _seen(model: nn.Module, batch: Tensor) -> list[Seen]:
-    """The blocks of a forward pass with their maps; nothing changes in the model."""
-    seen: list[Seen] = []
+def _seen(model: nn.Module, batch: Tensor) -> dict[tuple[ways.Block, int], Seen]:
+    """The different blocks of a forward pass, by what they do and the tokens; nothing changes in the model."""
+    found: dict[tuple[ways.Block, int], Seen] = {}
+    trains = model.training
+
+    def see(block: SGConvNeXtBlock, inputs: tuple[Tensor]) -> None:
+        [x] = inputs
+        with torch.set_grad_enabled(trains):
+            key = ways.block_of(block, x), _tokens(x)
+        found.setdefault(key, Seen(block, torch.empty_like(x, device="meta"), x.device))
+
     blocks = [module for module in model.modules() if type(module) is SGConvNeXtBlock]
-    handles = [block.register_forward_pre_hook(lambda own, x: seen.append(Seen(own, x[0]))) for block in blocks]
+    handles = [block.register_forward_pre_hook(see) for block in blocks]
     try:
         with race.evaluated(model), torch.no_grad():
             getattr(model, "_orig_mod", model).forward(batch)
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return found
 
 
 def _measure(which: ways.Block, tokens: int, seen: Seen) -> BlockChoice | None:
     """Check the ways, time those that are right, and choose; None if there is but one."""
-    with torch.random.fork_rng(devices=[seen.x.device] if seen.x.is_cuda else []), torch.inference_mode(False):
-        own = _copy(seen.block)
-        x = torch.randn_like(seen.x, requires_grad=which.work == "training")
-        dy = torch.randn_like(x)
+    own = _copy(seen.block)
+    x = torch.empty_like(seen.x, device=seen.device).normal_().requires_grad_(which.work == "training")
+    dy = torch.randn_like(x)
+    # its gradient hides that of the branch; but in half precision nothing but rounding would be left without it
+    shortcut = dy if dy.itemsize >= 4 else torch.zeros_like(dy)
     shipped = _shipped(own, x, which)
     candidates = _candidates(own, x, which, tokens, shipped)
     if len(candidates) < 2:
         return None
-    want = _results(copy.deepcopy(own).double(), x.double(), dy.double(), Way("modules"), False)
+    want = _results(copy.deepcopy(own).double(), x.double(), dy.double(), shortcut.double(), Way("modules"), False)
     errors: dict[str, dict[str, float]] = {}
     left_out: dict[str, str] = {}
     steps: dict[str, Step] = {}
     for way in candidates:
         name = str(way)
         try:
-            got = _results(own, x, dy, way, True)
+            got = _results(own, x, dy, shortcut, way, True)
             errors[name] = {
                 part: check.relative_error(a, b) for part, a, b in zip(BLOCK_ERRORS, got, want, strict=False)
             }
@@ -128,8 +134,10 @@ def _candidates(block: SGConvNeXtBlock, x: Tensor, which: ways.Block, tokens: in
     return found if shipped in found else [shipped, *found]
 
 
-def _results(block: SGConvNeXtBlock, x: Tensor, dy: Tensor, way: Way, autocast: bool) -> list[Tensor]:
-    """The branch; in training also dx without the shortcut's part, and all gradients of the weights in one."""
+def _results(
+    block: SGConvNeXtBlock, x: Tensor, dy: Tensor, shortcut: Tensor, way: Way, autocast: bool
+) -> list[Tensor]:
+    """The branch; in training also dx less a part, and all gradients of the weights in one."""
     context = torch.autocast(x.device.type, enabled=autocast and torch.is_autocast_enabled(x.device.type))
     if not x.requires_grad and not block.training:
         with torch.no_grad(), ways.only(way), context:
@@ -138,7 +146,8 @@ def _results(block: SGConvNeXtBlock, x: Tensor, dy: Tensor, way: Way, autocast: 
     with torch.enable_grad(), ways.only(way), context:
         y = block(x)
         dx, *dweights = torch.autograd.grad(y, [x, *weights], dy.to(y.dtype))
-    return [(y - x).detach(), dx - dy, torch.cat([each.double().flatten() for each in dweights])]
+    whole = [torch.cat([each.double().flatten() for each in dweights])] if dweights else []  # all may be frozen
+    return [(y - x).detach(), dx - shortcut, *whole]
 
 
 def _step(block: SGConvNeXtBlock, x: Tensor, dy: Tensor, way: Way) -> Step:

@@ -105,3 +105,22 @@ def test_way_that_gives_nan_is_left_out(chunks_are_fastest: None, monkeypatch: p
     [first] = blocks(sgconvnext.tune(small_model(), images()))
     assert first.backend == "modules"
     assert first.left_out["modules/512"].startswith("wrong, y error nan")
+
+
+@pytest.mark.parametrize("part", ["all", "blocks but one weight"])
+def test_frozen_weights_need_no_gradient(part: str, chunks_are_fastest: None) -> None:
+    model = small_model().requires_grad_(False).train()
+    if part != "all":
+        model.stages[0].blocks[0].mlp.fc1.weight.requires_grad_(True)
+    [first] = blocks(sgconvnext.tune(model, images()))
+    assert first.backend == "modules/512"
+    assert ("weights error" in first.errors["modules"]) == (part != "all")
+
+
+def test_blocks_are_measured_in_inference_mode_and_under_autocast_too(chunks_are_fastest: None) -> None:
+    for context in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        for model in (small_model(), small_model().train()):
+            with context:
+                [first] = blocks(sgconvnext.tune(model, images().to(memory_format=torch.channels_last)))
+            assert first.backend == "modules/512"
+            assert first.dtype == ("float32" if isinstance(context, torch.inference_mode) else "bfloat16")
