@@ -212,7 +212,7 @@ class Tuning:
             {"channels": each.channels, "tokens": each.tokens} | row
             for each in self.choices
             if isinstance(each, BlockChoice)
-            for row in _rows(each, [*each.errors])
+            for row in _rows(each, [*(each.errors | each.left_out)])
         ]
         return Table("Ways of the blocks, measured here", BLOCK_COLUMNS, rows, list(BLOCK_NOTES))
 

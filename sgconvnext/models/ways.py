@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..longconv.context import is_recorded
 from ..longconv.precision import product_dtype
 from ..longconv.tuned import NEAR, Work
 
@@ -85,17 +86,22 @@ def block_of(block: Any, x: Tensor) -> Block:
 
 
 def choice(block: Any, x: Tensor) -> Way | None:
-    """The way that was measured to be the fastest, for half to twice as many tokens too; None for as shipped."""
+    """The way that was measured to be the fastest, for half to twice as many tokens too; None for as shipped.
+
+    None too in exports and, but on CUDA, in what is compiled: a size that is left open would be bound by a comparison.
+    """
     if _FORCED:
         return _FORCED[-1]
-    if not _MEASURED:
+    if not _MEASURED or is_recorded() or (torch.compiler.is_compiling() and not x.is_cuda):
         return None
     by_tokens = _MEASURED.get(block_of(block, x), {})
     tokens = x.shape[0] * x.shape[2] * x.shape[3]
-    near = [measured for measured in by_tokens if measured <= NEAR * tokens and tokens <= NEAR * measured]
-    if not near:
-        return None
-    return by_tokens[near[0] if len(near) == 1 else min(near, key=lambda each: max(each / tokens, tokens / each))]
+    found, distance = None, float(NEAR)
+    for measured, way in by_tokens.items():  # spelled out: the compiler takes no key of min
+        ratio = max(measured, tokens) / max(1, min(measured, tokens))
+        if ratio <= distance:
+            found, distance = way, ratio
+    return found
 
 
 def prefer(which: Block, tokens: int, way: Way) -> None:

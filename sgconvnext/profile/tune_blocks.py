@@ -58,7 +58,7 @@ def _seen(model: nn.Module, batch: Tensor) -> dict[tuple[ways.Block, int], Seen]
 
 def _measure(which: ways.Block, tokens: int, seen: Seen) -> BlockChoice | None:
     """Check the ways, time those that are right, and choose; None if there is but one."""
-    own = _copy(seen.block)
+    own = _copy(seen)
     x = torch.empty_like(seen.x, device=seen.device).normal_().requires_grad_(which.work == "training")
     dy = torch.randn_like(x)
     # its gradient hides that of the branch; but in half precision nothing but rounding would be left without it
@@ -78,8 +78,8 @@ def _measure(which: ways.Block, tokens: int, seen: Seen) -> BlockChoice | None:
             errors[name] = {
                 part: check.relative_error(a, b) for part, a, b in zip(BLOCK_ERRORS, got, want, strict=False)
             }
-            if all(error <= TOLERANCE[which.dtype] for error in errors[name].values()):
-                steps[name] = _step(own, x, dy, way)
+            if all(error <= _tolerance(which) for error in errors[name].values()):
+                steps[name] = _step(copy.deepcopy(own), x, dy, way)  # what one keeps, another one would free
             else:
                 left_out[name] = "wrong, " + ", ".join(f"{part} {error:.1e}" for part, error in errors[name].items())
         except Exception as error:  # of a compiler, a driver, the memory: the others may work
@@ -102,12 +102,18 @@ def _measure(which: ways.Block, tokens: int, seen: Seen) -> BlockChoice | None:
     )
 
 
-def _copy(block: SGConvNeXtBlock) -> SGConvNeXtBlock:
-    """A block that drops nothing, and whose branch counts as much as its shortcut."""
-    own = copy.deepcopy(block)
+def _copy(seen: Seen) -> SGConvNeXtBlock:
+    """A block that drops nothing, and whose branch is as large as its shortcut, or rounding would hide it."""
+    own = copy.deepcopy(seen.block)
     own.drop_path = nn.Identity()
     if own.gamma is not None:
         nn.init.ones_(own.gamma)
+    exact = copy.deepcopy(own).double()
+    x = torch.randn(1, *seen.x.shape[1:], dtype=torch.float64, device=seen.device)
+    with torch.no_grad(), ways.only(Way("modules")), torch.autocast(seen.device.type, enabled=False):
+        size = (exact(x) - x).std().clamp(min=1e-6)  # 0 where the last weights are
+        for parameter in own.mlp.fc2.parameters():
+            parameter.div_(size.to(parameter.dtype))
     return own
 
 
@@ -120,6 +126,11 @@ def _shipped(block: SGConvNeXtBlock, x: Tensor, which: ways.Block) -> Way:
     arguments = getattr(form, "keywords", {})
     kind = "packed" if getattr(form, "func", None) is packed_form else "modules"
     return Way(kind, arguments["most"] if "most" in arguments and arguments["most"] < _tokens(x) else 0)
+
+
+def _tolerance(which: ways.Block) -> float:
+    rounded = torch.get_float32_matmul_precision() != "highest" or torch.backends.cuda.matmul.allow_tf32
+    return TOLERANCE[torch.bfloat16 if rounded and which.dtype == torch.float32 else which.dtype]
 
 
 def _tokens(x: Tensor) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from helpers import GATED, relative_error, small_model
 from timm.utils import reparameterize_model
@@ -124,3 +125,36 @@ def test_blocks_are_measured_in_inference_mode_and_under_autocast_too(chunks_are
                 [first] = blocks(sgconvnext.tune(model, images().to(memory_format=torch.channels_last)))
             assert first.backend == "modules/512"
             assert first.dtype == ("float32" if isinstance(context, torch.inference_mode) else "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_network_in_half_precision_is_measured(dtype: torch.dtype, mode: str, chunks_are_fastest: None) -> None:
+    """In which the sum of a small branch and a large shortcut would be nothing but rounding."""
+    model = timm.create_model("sgconvnext_atto", depths=[1, 1, 1, 1], img_size=64).to(dtype).train(mode == "train")
+    first = blocks(sgconvnext.tune(model, images().to(dtype)))[0]
+    assert (first.backend, first.dtype) == ("modules/512", str(dtype).partition(".")[2])
+
+
+def test_exports_and_compilers_leave_sizes_open_after_a_measurement(chunks_are_fastest: None) -> None:
+    model = small_model()
+    for batch in (2, 4, 8):
+        sgconvnext.tune(model, images(batch))
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (images(),), dynamic_shapes={"x": {0: batch}})
+    run = torch.compile(model.stages[0].blocks[0], fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for count in (2, 5, 17, 30):
+            given = images(count)
+            assert relative_error(program.module()(given), model(given)) <= 1e-4
+            x = torch.randn(count, 8, 16, 16)
+            assert relative_error(run(x), model.stages[0].blocks[0](x)) <= 1e-5
+
+
+def test_products_that_may_be_rounded_are_judged_so(chunks_are_fastest: None) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert blocks(sgconvnext.tune(small_model(), images()))[0].backend == "modules/512"
+    finally:
+        torch.set_float32_matmul_precision(before)
