@@ -64,10 +64,12 @@ def choice(x: Tensor, batch: int, length: int, one_length: bool, frozen: bool) -
     if not _TUNED:
         return None
     by_batch = _TUNED.get(convolution(x, length, frozen), {})
-    near = [tuned for tuned in by_batch if tuned <= NEAR * batch and batch <= NEAR * tuned]
-    if not near:
-        return None
-    return by_batch[near[0] if len(near) == 1 else min(near, key=lambda tuned: max(tuned / batch, batch / tuned))]
+    found, distance = None, float(NEAR)
+    for tuned, backend in by_batch.items():  # spelled out: the compiler takes no key of min
+        ratio = max(tuned, batch) / max(1, min(tuned, batch))
+        if ratio <= distance:
+            found, distance = backend, ratio
+    return found
 
 
 def prefer(which: Convolution, batch: int, backend: str) -> None:
