@@ -17,15 +17,14 @@ from .profile.table import Table, device_name
 
 TIE = 1.05  # a backend has to be so many times as fast as the shipped choice: rounds differ by nearly as much
 BLOCK_ERRORS = ("y error", "dx error", "weights error")
-_MEASURED = {
-    "dtype": "",
-    "work": "",
-    "backend": "",
-    "ms": ".3g",
-    "ratio": ".2f",
+_MIDDLE = {"dtype": "", "work": "", "backend": "", "ms": ".3g", "ratio": ".2f"}
+COLUMNS = {"convolution": "", "batch": "d", **_MIDDLE, **dict.fromkeys(check.ERRORS, ".1e"), "mark": ""}
+BLOCK_COLUMNS = {
+    **{"channels": "d", "tokens": "d", "hidden": "d", "gated": ""},
+    **_MIDDLE,
+    **dict.fromkeys(BLOCK_ERRORS, ".1e"),
+    "mark": "",
 }
-COLUMNS = {"convolution": "", "batch": "d", **_MEASURED, **dict.fromkeys(check.ERRORS, ".1e"), "mark": ""}
-BLOCK_COLUMNS = {"channels": "d", "tokens": "d", **_MEASURED, **dict.fromkeys(BLOCK_ERRORS, ".1e"), "mark": ""}
 NOTES = [
     "convolution: channels x length. training: forward and backward; inference: forward; frozen: forward with fixed "
     "taps. ratio: how many times as fast as the shipped choice; above 1 is faster. errors: from the definition in "
@@ -115,9 +114,11 @@ class Choice(Measured):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockChoice(Measured):
-    """What was measured of one block, for maps of ``tokens`` tokens in all images together."""
+    """What was measured of one `models.ways.Block`, for maps of ``tokens`` tokens in all images together."""
 
     tokens: int
+    hidden: int
+    gated: bool
 
     def check(self) -> None:
         """Raise ValueError if this version does not know the dtype or the way."""
@@ -128,11 +129,12 @@ class BlockChoice(Measured):
 
     def use(self) -> None:
         """Let blocks run like that."""
-        block = ways.Block(self.device, getattr(torch, self.dtype), self.channels, self.work)
+        dtype = getattr(torch, self.dtype)
+        block = ways.Block(self.device, dtype, self.channels, self.hidden, self.gated, self.work)
         ways.prefer(block, self.tokens, ways.Way.of(self.backend))
 
     def __str__(self) -> str:
-        return self.told(f"block of {self.channels} channels, {self.tokens} tokens")
+        return self.told(f"{'gated ' * self.gated}block of {self.channels} channels, {self.tokens} tokens")
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,9 @@ class Tuning:
     def block_table(self) -> Table:
         """Every way of every block."""
         rows = [
-            {"channels": each.channels, "tokens": each.tokens} | row
+            {"channels": each.channels, "tokens": each.tokens, "hidden": each.hidden}
+            | {"gated": "yes" if each.gated else "no"}
+            | row
             for each in self.choices
             if isinstance(each, BlockChoice)
             for row in _rows(each, [*(each.errors | each.left_out)])

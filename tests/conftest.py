@@ -20,7 +20,8 @@ if not torch.cuda.is_available():
 from huggingface_hub import constants
 from training_helpers import only_line
 
-from sgconvnext.profile import flops
+from sgconvnext import tuning
+from sgconvnext.profile import flops, race, timing
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have us, and the runs that we start, ignore it
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell, of what it starts behind its back
@@ -51,6 +52,31 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is measured before and after the test, and what it measures takes no time."""
+    monkeypatch.setattr(timing, "TURN_S", 1e-4)
+    monkeypatch.setattr(race, "ROUND_S", 1e-4)
+    tuning.forget()
+    yield
+    tuning.forget()
+
+
+@pytest.fixture
+def fastest(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let the clock of `sgconvnext.tune` say that something is the fastest; all that it times still runs."""
+
+    def says(fastest: str) -> None:
+        def times(steps: dict[str, Any], *_: Any) -> tuple[dict[str, float], dict[str, str]]:
+            for step in steps.values():
+                step()
+            return {name: 1.0 if name == fastest else 2.0 for name in steps}, {}
+
+        monkeypatch.setattr(race, "times", times)
+
+    return says
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Measured choices as files: they come back as they were, and only where they hold."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 from helpers import refused
 
 import sgconvnext
-from sgconvnext import tuning
 from sgconvnext.longconv import choose_backend, tuned
 from sgconvnext.profile.table import device_name
 from sgconvnext.tuning import Choice, Tuning
@@ -31,11 +29,7 @@ CHOICE = Choice(
 HERE = {"device": device_name(torch.device("cpu")), "torch": torch.__version__, "date": "2026-11-27"}
 
 
-@pytest.fixture(autouse=True)
-def _untuned() -> Iterator[None]:
-    tuning.forget()
-    yield
-    tuning.forget()
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 def test_saved_choices_come_back_and_are_used(tmp_path: Path) -> None:

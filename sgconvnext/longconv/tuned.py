@@ -5,13 +5,14 @@ Nothing in this module measures. Without an entry the shipped thresholds of `cho
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .precision import product_dtype
 
+T = TypeVar("T")
 Work = Literal["training", "inference", "frozen"]  # forward and backward; forward; forward with fixed taps
 NEAR = 2  # a choice holds for batches from half to twice the one that was measured
 
@@ -63,18 +64,34 @@ def choice(x: Tensor, batch: int, length: int, one_length: bool, frozen: bool) -
         asked.append(Asked(convolution(x, length, frozen), batch, x.dtype, channels_last, one_length))
     if not _TUNED:
         return None
-    by_batch = _TUNED.get(convolution(x, length, frozen), {})
+    return nearest(_TUNED.get(convolution(x, length, frozen), {}), batch)
+
+
+def nearest(measured: dict[int, T], size: int) -> T | None:
+    """Of what was measured at some sizes, what is for the nearest, from half to twice this one; None without one."""
     found, distance = None, float(NEAR)
-    for tuned, backend in by_batch.items():  # spelled out: the compiler takes no key of min
-        ratio = max(tuned, batch) / max(1, min(tuned, batch))
+    for its_size, value in measured.items():  # spelled out: the compiler takes no key of min
+        ratio = max(its_size, size) / max(1, min(its_size, size))
         if ratio <= distance:
-            found, distance = backend, ratio
+            found, distance = value, ratio
     return found
 
 
 def prefer(which: Convolution, batch: int, backend: str) -> None:
     """Let "auto" take a backend for a convolution, from now on and in the whole process."""
     _TUNED.setdefault(which, {})[batch] = backend
+
+
+@contextlib.contextmanager
+def undone_by_an_error() -> Iterator[None]:
+    """What is preferred in the block holds on only if the block ends well."""
+    before = {which: dict(by_batch) for which, by_batch in _TUNED.items()}
+    try:
+        yield
+    except BaseException:
+        _TUNED.clear()
+        _TUNED.update(before)
+        raise
 
 
 def forget() -> None:

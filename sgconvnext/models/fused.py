@@ -21,7 +21,7 @@ from .gate import Gate
 from .kept import forget
 from .layer import SGConv2d
 from .packed_mlp import PackedMlp, chunk_size, packed
-from .ways import Way, choice, shipped_chunk
+from .ways import Way, choice, shipped_chunk, tokens_of
 
 Form: TypeAlias = Callable[[Any, Tensor], Tensor]  # (block, x) -> the block's output
 
@@ -47,9 +47,9 @@ def fused_forward(block: Any, x: Any) -> Form | None:
     dtype = _packed_dtype(x) if packs else None
     if dtype is None:
         forget(block)  # an optimiser's step may follow, or the weights have another dtype now
-    if _is_hooked(block):
+    if is_hooked(block):
         return None
-    tokens = x.shape[0] * x.shape[2] * x.shape[3]
+    tokens = tokens_of(x)
     most = shipped_chunk() if way is None else way.chunk(tokens)
     mlp = packed(block, dtype) if dtype is not None else None
     if mlp is not None:
@@ -72,7 +72,7 @@ def fused_chain(blocks: nn.Sequential, x: Any) -> Callable[[Any, Tensor], Tensor
     if not isinstance(x, Tensor) or product_dtype(x) == x.dtype:
         return None
     fits = all(_is_known(block) and _runs_triton(block, x, choice(block, x)) for block in blocks)
-    return triton_chain if fits and not _is_hooked(blocks) else None
+    return triton_chain if fits and not is_hooked(blocks) else None
 
 
 def _is_known(block: Any) -> bool:
@@ -86,11 +86,11 @@ def _runs_triton(block: Any, x: Tensor, way: Way | None) -> bool:
         return False
     transformed = not torch.compiler.is_compiling() and is_transformed()
     known = type(block.drop_path) in (DropPath, nn.Identity)
-    hooked = any(map(_is_hooked, block.children()))  # the block's own hooks, as FSDP2 has, run around its forward
+    hooked = any(map(is_hooked, block.children()))  # the block's own hooks, as FSDP2 has, run around its forward
     return known and not transformed and not hooked and BACKENDS["triton"].refusal(x) is None
 
 
-def _is_hooked(block: nn.Module) -> bool:
+def is_hooked(block: nn.Module) -> bool:
     """Whether somebody watches or replaces what a module inside does: by a hook, or a forward of its own."""
     hooks = module_hooks
     everywhere = hooks._global_forward_hooks or hooks._global_forward_pre_hooks

@@ -1,6 +1,8 @@
 """The block's gate and MLP for inference on a CPU: weights laid out once for oneDNN, layer scale and 1 folded in."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -78,16 +80,31 @@ def packed(block: Any, dtype: torch.dtype) -> PackedMlp | None:
 
 
 def chunk_size(tokens: int, channels: int, most: int) -> tuple[int, int]:
-    """The tokens of a chunk, for the fewest equal chunks of at most so many, and how many to add behind the last."""
+    """The tokens of a chunk, for the fewest equal chunks of at most so many, and how many to add behind the last.
+
+    A size that is filled up may be larger than ``most``, by an eighth or by 63 tokens.
+    """
     size = -(-tokens // -(-tokens // most))
     sizes = {(each, channels) for each in (size, tokens % size) if each}
     if not sizes <= _SIZES:
-        if len(_SIZES) >= EXACT_SIZES:
+        if len(_SIZES | sizes) > EXACT_SIZES:
             step = max(STEP, 2 ** (size.bit_length() - 4))
             size = -(-size // step) * step
             return size, -tokens % size
         _SIZES.update(sizes)
     return size, 0
+
+
+@contextlib.contextmanager
+def sizes_of_their_own() -> Iterator[None]:
+    """What runs inside, to be measured, has exact sizes, and leaves those of the process as they were."""
+    before = set(_SIZES)
+    _SIZES.clear()
+    try:
+        yield
+    finally:
+        _SIZES.clear()
+        _SIZES.update(before)
 
 
 def _is_known(mlp: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..longconv.context import is_recorded
 from ..longconv.precision import product_dtype
-from ..longconv.tuned import NEAR, Work
+from ..longconv.tuned import Work, nearest
 
 KINDS = ("modules", "packed", "triton")
 
@@ -53,13 +53,16 @@ class Block(NamedTuple):
     Args:
         device: type of the device.
         dtype: in which products are made, autocast considered.
-        channels: C.
+        channels, hidden: C, and that of the MLP's hidden layer.
+        gated: whether there is a gate before the norm.
         work: what is done; "frozen" is inference with fixed taps.
     """
 
     device: str
     dtype: torch.dtype
     channels: int
+    hidden: int
+    gated: bool
     work: Work
 
 
@@ -82,7 +85,13 @@ def block_of(block: Any, x: Tensor) -> Block:
     """What a block does now with a map x (B, C, H, W)."""
     fixed = getattr(block.sgconv, "taps", None) is not None
     work: Work = "training" if torch.is_grad_enabled() else "frozen" if fixed else "inference"
-    return Block(x.device.type, product_dtype(x), x.shape[1], work)
+    hidden = block.mlp.fc1.out_features
+    return Block(x.device.type, product_dtype(x), x.shape[1], hidden, block.gate is not None, work)
+
+
+def tokens_of(x: Tensor) -> int:
+    """Of all images of a map (B, C, H, W) together."""
+    return x.shape[0] * x.shape[2] * x.shape[3]
 
 
 def choice(block: Any, x: Tensor) -> Way | None:
@@ -94,14 +103,7 @@ def choice(block: Any, x: Tensor) -> Way | None:
         return _FORCED[-1]
     if not _MEASURED or is_recorded() or (torch.compiler.is_compiling() and not x.is_cuda):
         return None
-    by_tokens = _MEASURED.get(block_of(block, x), {})
-    tokens = x.shape[0] * x.shape[2] * x.shape[3]
-    found, distance = None, float(NEAR)
-    for measured, way in by_tokens.items():  # spelled out: the compiler takes no key of min
-        ratio = max(measured, tokens) / max(1, min(measured, tokens))
-        if ratio <= distance:
-            found, distance = way, ratio
-    return found
+    return nearest(_MEASURED.get(block_of(block, x), {}), tokens_of(x))
 
 
 def prefer(which: Block, tokens: int, way: Way) -> None:
@@ -116,7 +118,7 @@ def forget() -> None:
 
 @contextlib.contextmanager
 def only(way: Way | None) -> Iterator[None]:
-    """Let every block that can run like that in the code inside; with None, as shipped."""
+    """Let every block in the code inside run like that, or, where it cannot, by its modules; with None, as shipped."""
     _FORCED.append(way)
     try:
         yield

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import is_out_of_memory, one_line
 from ..longconv import available_backends, check, freeze, long_conv, tuned
 from ..longconv.choice import shipped_backend
 from ..tuning import Choice, Tuning
@@ -58,7 +57,7 @@ def tune(model: nn.Module, batch: Tensor) -> Tuning:
     if not asked:
         raise ValueError(f"{type(model).__name__} has no SGConv layer with backend='auto'; give an SGConvNeXt")
     drawn = torch.random.fork_rng(devices=[batch.device] if batch.is_cuda else [])
-    with drawn, torch.inference_mode(False):  # whose tensors have no gradient
+    with drawn, torch.inference_mode(False), tuned.undone_by_an_error():  # a tensor of inference has no gradient
         convolutions = [_measure(each, batch.device) for each in asked]
         Tuning(convolutions, here := facts(batch.device)).use()  # the blocks are measured with them
         blocks = tune_blocks.choices(model, batch)
@@ -86,28 +85,23 @@ def _measure(asked: tuned.Asked, device: torch.device) -> Choice:
     x, dy = (_signal(asked, device) for _ in range(2))
     taps = torch.randn(which.channels, 2 * which.length - 1, device=device, dtype=_taps_dtype(asked.dtype))
     truth = check.truth(x, taps, dy)
-    errors: dict[str, dict[str, float]] = {}
-    left_out: dict[str, str] = {}
-    steps: dict[str, Step] = {}
-    for name in available_backends(x):
-        if name == "reference":
-            continue  # the definition itself
-        if name == "toeplitz" and 4 * which.channels * which.length**2 > MATRIX_LIMIT:
-            left_out[name] = "its matrices are too large"
-            continue
-        try:
-            errors[name] = _errors(name, which, truth)
-            if told := _wrong(errors[name], which):
-                left_out[name] = told
-            else:
-                steps[name] = _step(name, which, truth)
-        except Exception as error:  # of a compiler, a driver, the memory: the others may work
-            left_out[name] = "out of memory" if is_out_of_memory(error) else f"fails: {one_line(error)[:200]}"
-    if not steps:
-        told = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise ValueError(f"no backend convolves {which.channels} channels x {which.length} samples rightly: {told}")
-    shipped = shipped_backend(x, batch, which.length, asked.one_length)
-    seconds, slow = race.times(steps, shipped, device)
+    names = [name for name in available_backends(x) if name != "reference"]  # which is the definition itself
+    too_large = 4 * which.channels * which.length**2 > MATRIX_LIMIT
+    left_out = {"toeplitz": "its matrices are too large"} if too_large else {}
+    measured = race.run(
+        {
+            name: race.Candidate(
+                functools.partial(_errors, name, which, truth), functools.partial(_step, name, which, truth)
+            )
+            for name in names
+            if name not in left_out
+        },
+        _tolerance(which),
+        shipped_backend(x, batch, which.length, asked.one_length),
+        device,
+        f"no backend convolves {which.channels} channels x {which.length} samples rightly",
+    )
+    measured["left_out"] |= left_out
     return Choice(
         device=which.device,
         dtype=str(which.dtype).partition(".")[2],
@@ -115,11 +109,7 @@ def _measure(asked: tuned.Asked, device: torch.device) -> Choice:
         length=which.length,
         work=which.work,
         batch=batch,
-        backend=race.fastest(seconds, shipped),
-        shipped=shipped,
-        seconds=seconds,
-        errors=errors,
-        left_out=left_out | slow,
+        **measured,
     )
 
 
@@ -149,29 +139,14 @@ def _forward(name: str, which: tuned.Convolution, truth: check.Truth) -> Callabl
     return functools.partial(long_conv, taps=truth.taps, backend=name)
 
 
-def _wrong(errors: dict[str, float], which: tuned.Convolution) -> str:
-    """What is wrong with a backend of these errors, or nothing."""
+def _tolerance(which: tuned.Convolution) -> float:
     rounded = which.device == "cuda" and which.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    if all(error <= (TF32_TOLERANCE if rounded else TOLERANCE[which.dtype]) for error in errors.values()):
-        return ""
-    return "wrong, " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    return TF32_TOLERANCE if rounded else TOLERANCE[which.dtype]
 
 
 def _step(name: str, which: tuned.Convolution, truth: check.Truth) -> Step:
     """Forward, or forward and both gradients."""
     if which.work != "training":
-        forward = _forward(name, which, truth)
-
-        def infer() -> None:
-            with torch.no_grad():
-                forward(truth.x)
-
-        return infer
+        return race.step(functools.partial(_forward(name, which, truth), truth.x), [], truth.dy)
     x, taps = truth.x.detach().requires_grad_(), truth.taps.detach().requires_grad_()
-
-    def train() -> None:
-        with torch.enable_grad():
-            y = long_conv(x, taps, name)
-            torch.autograd.grad(y, [x, taps], truth.dy.to(y.dtype))
-
-    return train
+    return race.step(functools.partial(long_conv, x, taps, name), [x, taps], truth.dy)

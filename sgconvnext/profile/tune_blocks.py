@@ -1,18 +1,19 @@
 """Measure which form of a block's forward is the fastest on this machine: `sgconvnext.tune` does so for all blocks."""
 
 import copy
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import is_out_of_memory, one_line
 from ..longconv import check
 from ..models import ways
 from ..models.block import SGConvNeXtBlock
-from ..models.fused import fused_forward, packed_form, triton_form
-from ..models.ways import Way
-from ..tuning import BLOCK_ERRORS, BlockChoice
+from ..models.fused import fused_forward, is_hooked, packed_form, triton_form
+from ..models.packed_mlp import sizes_of_their_own
+from ..models.ways import Way, tokens_of
+from ..tuning import BlockChoice
 from . import race
 from .timing import Step
 
@@ -35,17 +36,20 @@ def choices(model: nn.Module, batch: Tensor) -> list[BlockChoice]:
 
 
 def _seen(model: nn.Module, batch: Tensor) -> dict[tuple[ways.Block, int], Seen]:
-    """The different blocks of a forward pass, by what they do and the tokens; nothing changes in the model."""
+    """The different blocks of a forward pass, by what they do and the tokens; nothing changes in the model.
+
+    Where somebody's hooks watch what is inside, a block runs by its modules, and is left alone here.
+    """
     found: dict[tuple[ways.Block, int], Seen] = {}
     trains = model.training
 
     def see(block: SGConvNeXtBlock, inputs: tuple[Tensor]) -> None:
         [x] = inputs
         with torch.set_grad_enabled(trains):
-            key = ways.block_of(block, x), _tokens(x)
+            key = ways.block_of(block, x), tokens_of(x)
         found.setdefault(key, Seen(block, torch.empty_like(x, device="meta"), x.device))
 
-    blocks = [module for module in model.modules() if type(module) is SGConvNeXtBlock]
+    blocks = [own for own in model.modules() if type(own) is SGConvNeXtBlock and not is_hooked(own)]
     handles = [block.register_forward_pre_hook(see) for block in blocks]
     try:
         with race.evaluated(model), torch.no_grad():
@@ -61,45 +65,31 @@ def _measure(which: ways.Block, tokens: int, seen: Seen) -> BlockChoice | None:
     own = _copy(seen)
     x = torch.empty_like(seen.x, device=seen.device).normal_().requires_grad_(which.work == "training")
     dy = torch.randn_like(x)
-    # its gradient hides that of the branch; but in half precision nothing but rounding would be left without it
-    shortcut = dy if dy.itemsize >= 4 else torch.zeros_like(dy)
-    shipped = _shipped(own, x, which)
-    candidates = _candidates(own, x, which, tokens, shipped)
+    shipped = _shipped(own, x)
+    candidates = _candidates(which, tokens, shipped)
     if len(candidates) < 2:
         return None
-    want = _results(copy.deepcopy(own).double(), x.double(), dy.double(), shortcut.double(), Way("modules"), False)
-    errors: dict[str, dict[str, float]] = {}
-    left_out: dict[str, str] = {}
-    steps: dict[str, Step] = {}
-    for way in candidates:
-        name = str(way)
-        try:
-            got = _results(own, x, dy, shortcut, way, True)
-            errors[name] = {
-                part: check.relative_error(a, b) for part, a, b in zip(BLOCK_ERRORS, got, want, strict=False)
-            }
-            if all(error <= _tolerance(which) for error in errors[name].values()):
-                steps[name] = _step(copy.deepcopy(own), x, dy, way)  # what one keeps, another one would free
-            else:
-                left_out[name] = "wrong, " + ", ".join(f"{part} {error:.1e}" for part, error in errors[name].items())
-        except Exception as error:  # of a compiler, a driver, the memory: the others may work
-            left_out[name] = "out of memory" if is_out_of_memory(error) else f"fails: {one_line(error)[:200]}"
-    if not steps:
-        told = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise ValueError(f"no form of a block of {which.channels} channels is right: {told}")
-    seconds, slow = race.times(steps, str(shipped), x.device)
-    return BlockChoice(
-        device=which.device,
-        dtype=str(which.dtype).partition(".")[2],
-        channels=which.channels,
-        work=which.work,
-        tokens=tokens,
-        backend=race.fastest(seconds, str(shipped)),
-        shipped=str(shipped),
-        seconds=seconds,
-        errors=errors,
-        left_out=left_out | slow,
-    )
+    truth = functools.cache(lambda: _results(copy.deepcopy(own).double(), x.double(), dy.double(), Way("modules")))
+
+    def errors(way: Way) -> dict[str, float]:
+        with torch.autocast(x.device.type, enabled=False):
+            want = truth()
+        got = _results(own, x, dy, way)
+        return {part: check.relative_error(got[part], want[part]) for part in got}
+
+    with sizes_of_their_own():
+        measured = race.run(
+            {
+                str(way): race.Candidate(functools.partial(errors, way), functools.partial(_step, seen, x, dy, way))
+                for way in candidates
+            },
+            _tolerance(which),
+            str(shipped),
+            x.device,
+            f"no form of a block of {which.channels} channels is right",
+        )
+    plain = which._asdict() | {"dtype": str(which.dtype).partition(".")[2]}
+    return BlockChoice(tokens=tokens, **plain, **measured)
 
 
 def _copy(seen: Seen) -> SGConvNeXtBlock:
@@ -117,15 +107,15 @@ def _copy(seen: Seen) -> SGConvNeXtBlock:
     return own
 
 
-def _shipped(block: SGConvNeXtBlock, x: Tensor, which: ways.Block) -> Way:
+def _shipped(block: SGConvNeXtBlock, x: Tensor) -> Way:
     """The way without a measurement."""
-    with torch.set_grad_enabled(which.work == "training"), ways.only(None):
+    with torch.set_grad_enabled(x.requires_grad), ways.only(None):
         form: Any = fused_forward(block, x)
     if form is triton_form:
         return Way("triton")
     arguments = getattr(form, "keywords", {})
     kind = "packed" if getattr(form, "func", None) is packed_form else "modules"
-    return Way(kind, arguments["most"] if "most" in arguments and arguments["most"] < _tokens(x) else 0)
+    return Way(kind, arguments["most"] if "most" in arguments and arguments["most"] < tokens_of(x) else 0)
 
 
 def _tolerance(which: ways.Block) -> float:
@@ -133,11 +123,7 @@ def _tolerance(which: ways.Block) -> float:
     return TOLERANCE[torch.bfloat16 if rounded and which.dtype == torch.float32 else which.dtype]
 
 
-def _tokens(x: Tensor) -> int:
-    return x.shape[0] * x.shape[2] * x.shape[3]
-
-
-def _candidates(block: SGConvNeXtBlock, x: Tensor, which: ways.Block, tokens: int, shipped: Way) -> list[Way]:
+def _candidates(which: ways.Block, tokens: int, shipped: Way) -> list[Way]:
     if which.device != "cpu":
         return [shipped, Way("modules")] if shipped.kind == "triton" else [shipped]
     kinds = ("modules", "packed") if shipped.kind == "packed" else ("modules",)
@@ -145,33 +131,32 @@ def _candidates(block: SGConvNeXtBlock, x: Tensor, which: ways.Block, tokens: in
     return found if shipped in found else [shipped, *found]
 
 
-def _results(
-    block: SGConvNeXtBlock, x: Tensor, dy: Tensor, shortcut: Tensor, way: Way, autocast: bool
-) -> list[Tensor]:
-    """The branch; in training also dx less a part, and all gradients of the weights in one."""
-    context = torch.autocast(x.device.type, enabled=autocast and torch.is_autocast_enabled(x.device.type))
-    if not x.requires_grad and not block.training:
-        with torch.no_grad(), ways.only(way), context:
-            return [block(x) - x]
-    x, weights = x.detach().requires_grad_(), [weight for weight in block.parameters() if weight.requires_grad]
-    with torch.enable_grad(), ways.only(way), context:
+def _results(block: SGConvNeXtBlock, x: Tensor, dy: Tensor, way: Way) -> dict[str, Tensor]:
+    """The branch; where x needs a gradient also dx, and the gradients of all weights in one."""
+    if not x.requires_grad:
+        with torch.no_grad(), ways.only(way):
+            return {"y error": block(x) - x}
+    x, weights = x.detach().requires_grad_(), _trained(block)
+    with torch.enable_grad(), ways.only(way):
         y = block(x)
         dx, *dweights = torch.autograd.grad(y, [x, *weights], dy.to(y.dtype))
-    whole = [torch.cat([each.double().flatten() for each in dweights])] if dweights else []  # all may be frozen
-    return [(y - x).detach(), dx - shortcut, *whole]
+    found = {"y error": (y - x).detach(), "dx error": dx}
+    if dweights:
+        found["weights error"] = torch.cat([each.double().flatten() for each in dweights])
+    return found
 
 
-def _step(block: SGConvNeXtBlock, x: Tensor, dy: Tensor, way: Way) -> Step:
-    """Forward, or forward and all gradients."""
-    weights = [weight for weight in block.parameters() if weight.requires_grad]
+def _step(seen: Seen, x: Tensor, dy: Tensor, way: Way) -> Step:
+    """Forward, or forward and all gradients, of the block as it is: drop path takes time too."""
+    own = copy.deepcopy(seen.block)  # of each way: what one keeps, another one would free
 
-    def infer() -> None:
-        with torch.no_grad(), ways.only(way):
-            block(x)
+    def forward() -> Tensor:
+        with ways.only(way):
+            result: Tensor = own(x)
+        return result
 
-    def train() -> None:
-        with torch.enable_grad(), ways.only(way):
-            y = block(x)
-            torch.autograd.grad(y, [x, *weights], dy.to(y.dtype))
+    return race.step(forward, [x, *_trained(own)] if x.requires_grad else [], dy)
 
-    return train if x.requires_grad else infer
+
+def _trained(block: SGConvNeXtBlock) -> list[nn.Parameter]:
+    return [weight for weight in block.parameters() if weight.requires_grad]

@@ -1,7 +1,5 @@
 """A block runs as it was measured to be the fastest, and only where it can."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from helpers import refused, relative_error, small_model
@@ -14,12 +12,7 @@ from sgconvnext.models.block import SGConvNeXtBlock
 from sgconvnext.models.kept import _KEPT
 from sgconvnext.models.ways import Way
 
-
-@pytest.fixture(autouse=True)
-def _untuned() -> Iterator[None]:
-    ways.forget()
-    yield
-    ways.forget()
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 @pytest.fixture
@@ -51,7 +44,7 @@ def test_unknown_way_is_refused(name: str) -> None:
 
 
 def test_block_runs_as_measured_near_the_size_that_was(seen: list[int]) -> None:
-    own, which = block(), ways.Block("cpu", torch.float32, 8, "training")
+    own, which = block(), ways.Block("cpu", torch.float32, 8, 32, False, "training")
     ways.prefer(which, 200, Way("modules", 64))
     ways.prefer(which, 800, Way("modules", 128))
     for batch, size in [(2, 50), (1, 50), (3, 60), (6, 120), (16, 124)]:  # the fewest equal chunks
@@ -69,7 +62,7 @@ def test_block_runs_as_measured_near_the_size_that_was(seen: list[int]) -> None:
 def test_measured_ways_agree_with_the_shipped_one() -> None:
     own, x = block(), images()
     want = own(x)
-    ways.prefer(ways.Block("cpu", torch.float32, 8, "training"), 200, Way("modules", 64))
+    ways.prefer(ways.Block("cpu", torch.float32, 8, 32, False, "training"), 200, Way("modules", 64))
     got = own(x)
     assert relative_error(got, want) <= 1e-6
     ways.forget()
@@ -84,3 +77,10 @@ def test_weights_are_packed_only_where_that_was_the_fastest() -> None:
             with ways.only(way):
                 model(torch.randn(2, 3, 64, 64))
             assert (first in _KEPT) == kept, way
+
+
+def test_other_blocks_of_the_same_width_are_not_meant(seen: list[int]) -> None:
+    ways.prefer(ways.Block("cpu", torch.float32, 8, 32, False, "training"), 200, Way("modules", 64))
+    SGConvNeXtBlock(8, (10, 10), gate=True).train()(images())
+    SGConvNeXtBlock(8, (10, 10), mlp_ratio=3.5).train()(images())
+    assert seen == [200, 200]

@@ -3,7 +3,7 @@
 import copy
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,31 +20,18 @@ from sgconvnext import tuning
 from sgconvnext.longconv import BACKENDS, choose_backend, dft, fft, tuned
 from sgconvnext.longconv import compiled as compiled_backends
 from sgconvnext.profile import __main__ as main
-from sgconvnext.profile import race, timing, tune
+from sgconvnext.profile import tune
 from sgconvnext.tuning import Choice
 
 TOKENS = [256, 64, 16, 4]  # of the stages at 64 px
 
 
-@pytest.fixture(autouse=True)
-def _untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(timing, "TURN_S", 1e-4)
-    monkeypatch.setattr(race, "ROUND_S", 1e-4)
-    tuning.forget()
-    yield
-    tuning.forget()
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 @pytest.fixture
-def dft_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its steps run, but the clock says so."""
-
-    def times(steps: dict[str, Any], *_: Any) -> tuple[dict[str, float], dict[str, str]]:
-        for step in steps.values():
-            step()
-        return {name: 1.0 if name == "dft" else 2.0 for name in steps}, {}
-
-    monkeypatch.setattr(race, "times", times)
+def dft_is_fastest(fastest: Callable[[str], None]) -> None:
+    fastest("dft")
 
 
 def images(batch: int = 2) -> Tensor:
@@ -218,8 +205,8 @@ def test_one_convolution_is_measured_once(dft_is_fastest: None, monkeypatch: pyt
 
 
 def test_no_right_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "_wrong", lambda *_: "wrong, y error 1.0e+00")
-    with refused("no backend convolves 8 channels x 256 samples rightly", "fft: wrong, y error 1.0e+00"):
+    monkeypatch.setitem(tune.TOLERANCE, torch.float32, -1.0)
+    with refused("no backend convolves 8 channels x 256 samples rightly", "fft: wrong, y error"):
         sgconvnext.tune(small_model(), images())
 
 

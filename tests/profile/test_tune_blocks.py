@@ -1,43 +1,30 @@
 """sgconvnext.tune on blocks: the ways that it checks, times and lets them take."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from helpers import GATED, relative_error, small_model
+from helpers import GATED, refused, relative_error, small_model
 from timm.utils import reparameterize_model
 from torch import Tensor
 
 import sgconvnext
 from sgconvnext import tuning
-from sgconvnext.models import fused, ways
+from sgconvnext.longconv import tuned
+from sgconvnext.models import fused, packed_mlp, ways
 from sgconvnext.models.ways import Way
-from sgconvnext.profile import race, timing
+from sgconvnext.profile import tune_blocks
 from sgconvnext.tuning import BlockChoice
 
-
-@pytest.fixture(autouse=True)
-def _untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(timing, "TURN_S", 1e-4)
-    monkeypatch.setattr(race, "ROUND_S", 1e-4)
-    tuning.forget()
-    yield
-    tuning.forget()
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 @pytest.fixture
-def chunks_are_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their steps run, but the clock says so."""
-
-    def times(steps: dict[str, Any], *_: Any) -> tuple[dict[str, float], dict[str, str]]:
-        for step in steps.values():
-            step()
-        return {name: 1.0 if name == "modules/512" else 2.0 for name in steps}, {}
-
-    monkeypatch.setattr(race, "times", times)
+def chunks_are_fastest(fastest: Callable[[str], None]) -> None:
+    fastest("modules/512")
 
 
 def images(batch: int = 4) -> Tensor:
@@ -158,3 +145,41 @@ def test_products_that_may_be_rounded_are_judged_so(chunks_are_fastest: None) ->
         assert blocks(sgconvnext.tune(small_model(), images()))[0].backend == "modules/512"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_refused_tuning_leaves_the_choices_before_it(fastest: Callable[[str], None], monkeypatch: Any) -> None:
+    fastest("dft")
+    sgconvnext.tune(small_model(), images())
+    before = {which: dict(by_batch) for which, by_batch in tuned._TUNED.items()}
+    assert before
+    fastest("toeplitz")
+    monkeypatch.setattr(tune_blocks, "TOLERANCE", {torch.float32: 0.0})
+    with refused("no form of a block of 8 channels is right", "modules: wrong"):
+        sgconvnext.tune(small_model(), images())
+    assert before == tuned._TUNED
+
+
+def test_measurement_leaves_the_exact_sizes_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_mlp, "_SIZES", {(number, 8) for number in range(packed_mlp.EXACT_SIZES)})
+    before = set(packed_mlp._SIZES)
+    with torch.no_grad():
+        first = blocks(sgconvnext.tune(reparameterize_model(small_model()), images()))[0]
+    assert "packed/512" in first.errors
+    assert before == packed_mlp._SIZES
+
+
+def test_block_with_a_hook_inside_is_left_alone(chunks_are_fastest: None) -> None:
+    model, seen = small_model(), []
+    model.stages[0].blocks[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+    assert blocks(sgconvnext.tune(model, images())) == []
+    assert len(seen) == 2  # the two passes that look which convolutions and blocks there are
+
+
+def test_way_that_fails_is_in_the_table(chunks_are_fastest: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("no memory\nfor this")
+
+    monkeypatch.setattr(fused, "chunked_form", fails)
+    found = sgconvnext.tune(small_model(), images())
+    assert blocks(found)[0].left_out == {"modules/512": "fails: no memory for this"}
+    assert "left out: fails: no memory for this" in str(found.block_table().cells())

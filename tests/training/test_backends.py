@@ -1,7 +1,7 @@
 """A run measures its backends, keeps what it chose in its checkpoints, and repeats it when it is resumed."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from training_helpers import fingerprint, metrics, micro_config, micro_model, micro_run, stop_in, training
 
 import sgconvnext
-from sgconvnext import tuning
 from sgconvnext.longconv import tuned
-from sgconvnext.profile import race
 from sgconvnext.profile.table import device_name
 from sgconvnext.training import backends, checkpoint
 from sgconvnext.tuning import Choice, Tuning
@@ -23,16 +21,12 @@ from sgconvnext.tuning import Choice, Tuning
 RunHere = Callable[..., None]
 
 
-@pytest.fixture(autouse=True)
-def _untuned() -> Iterator[None]:
-    tuning.forget()
-    yield
-    tuning.forget()
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 @pytest.fixture
-def dft_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(race, "times", lambda steps, *_: ({name: 1.0 if name == "dft" else 2.0 for name in steps}, {}))
+def dft_is_fastest(fastest: Callable[[str], None]) -> None:
+    fastest("dft")
 
 
 def never(model: nn.Module, batch: Tensor) -> Tuning:
