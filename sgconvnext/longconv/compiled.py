@@ -30,7 +30,7 @@ def _like_signal(x: Tensor, taps: Tensor, adjoint: bool, backend: str) -> Tensor
 
 def _like_taps(x: Tensor, dy: Tensor, num_taps: int, backend: str) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty((x.shape[1], num_taps), dtype=dtype)
+    return x.new_empty((num_taps, x.shape[1]), dtype=dtype).t()  # channels last, as taps are
 
 
 def _like_both(x: Tensor, taps: Tensor, dy: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ def _convolve(x: Tensor, taps: Tensor, adjoint: bool, backend: str) -> Tensor:
 
 @operator("long_conv_dtaps", fake=_like_taps)
 def _correlate(x: Tensor, dy: Tensor, num_taps: int, backend: str) -> Tensor:
-    return _operations(backend).correlate(x, dy, num_taps).contiguous()
+    return _operations(backend).correlate(x, dy, num_taps).t().contiguous().t()
 
 
 @operator("long_conv_gradients", fake=_like_both)
@@ -52,7 +52,7 @@ def _gradients(x: Tensor, taps: Tensor, dy: Tensor, backend: str) -> tuple[Tenso
     gradients = _operations(backend).gradients
     assert gradients is not None
     dx, dtaps = gradients(x, taps, dy)
-    return dx.contiguous(), dtaps.contiguous()
+    return dx.contiguous(), dtaps.t().contiguous().t()
 
 
 def _whole(name: str) -> Backend:

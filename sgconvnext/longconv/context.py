@@ -48,7 +48,7 @@ def runs_eagerly_on_cpu(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or is_recorded() or is_transformed() or torch._C._len_torch_dispatch_stack():
         return False
-    return type(x) is Tensor and x.device.type == "cpu"
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
 
 
 def is_transformed() -> bool:

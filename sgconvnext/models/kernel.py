@@ -88,7 +88,7 @@ def multiscale_kernel(weight: Tensor, length: int, options: KernelOptions) -> Te
     """
     weight = weight.transpose(2, 3).contiguous()  # (directions, N, d, C): every step then works on whole rows
     if options.decay == "scale":
-        weight = weight / _inverse_decay(weight, options)
+        weight = weight / inverse_decay(weight, options)
     size = weight.shape[2]
     scales = [weight[:, 0]]
     covered = size
@@ -105,38 +105,7 @@ def multiscale_kernel(weight: Tensor, length: int, options: KernelOptions) -> Te
     return kernel.transpose(1, 2)
 
 
-def multiscale_adjoint(dtaps: Tensor, norm: Tensor, num_scales: int, scale_dim: int, options: KernelOptions) -> Tensor:
-    """The gradient of a weight (directions, N, C, d) from that of its taps, `lag_taps(multiscale_kernel(...) / norm)`.
-
-    Args:
-        dtaps: (C, 2L-1), or (C, L) for one direction.
-        norm: (directions, C, 1).
-        num_scales, scale_dim: N and d.
-        options: of the kernel.
-    """
-    directions, channels, _ = norm.shape
-    dkernel = (kernel_of_lags(dtaps, directions == 2) / norm).transpose(1, 2)  # (directions, L, C)
-    if options.decay == "position":
-        dkernel = dkernel * _positions(dkernel) ** (-options.exponent)
-    dweight = dkernel.new_zeros(directions, num_scales, scale_dim, channels)
-    first, size = 0, scale_dim
-    for i in range(num_scales):
-        size = size * 2 if i > 1 else size
-        part = dkernel[:, first : first + size]  # the last scale is cut, and those beyond have no tap
-        first += size
-        if i < 2 or part.shape[1] == 0:
-            dweight[:, i, : part.shape[1]] = part
-            continue
-        row = F.pad(part, (0, 0, 0, size - part.shape[1])).transpose(1, 2).unsqueeze(2)  # (directions, C, 1, size)
-        shape = [directions, channels, 1, scale_dim]
-        down = torch.ops.aten.upsample_bilinear2d_backward(row, [1, size], shape, False)
-        dweight[:, i] = down.squeeze(2).transpose(1, 2)
-    if options.decay == "scale":
-        dweight = dweight / _inverse_decay(dweight, options)
-    return dweight.transpose(2, 3)
-
-
-def _inverse_decay(weight: Tensor, options: KernelOptions) -> Tensor:
+def inverse_decay(weight: Tensor, options: KernelOptions) -> Tensor:
     """alpha_c^-i (N, 1, C) for a weight (directions, N, d, C)."""
     start, end = options.alpha
     inverse = torch.linspace(1 / start, 1 / end, weight.shape[3], device=weight.device, dtype=weight.dtype)
@@ -181,7 +150,7 @@ def nearest_weight(kernel: Tensor, num_scales: int, scale_dim: int, options: Ker
             weight[:, i] = torch.linalg.pinv(upsample.T @ upsample, hermitian=True) @ (upsample.T @ taps)
         first += size
     if options.decay == "scale":
-        weight = weight * _inverse_decay(weight, options)
+        weight = weight * inverse_decay(weight, options)
     return weight.transpose(2, 3).contiguous()
 
 

@@ -2,7 +2,8 @@
 
 On CUDA each is one Triton program. As `kernel` defines them they are some thirty programs a layer forward and sixty
 backward, each of which is shorter than its launch. Sums have the same bits in every run, unlike those of torch's
-interpolation on CUDA. To a compiler they are one operator on every device: the small steps would take it minutes.
+interpolation on CUDA. On a CPU `written_taps` makes them with fewer copies. To a compiler they are one operator on
+every device: the small steps would take it minutes.
 """
 
 from typing import Any
@@ -11,22 +12,25 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..longconv.context import is_compiled_transform, is_in_forward_mode, is_recorded, is_transformed
+from ..longconv.context import is_compiled_transform, is_recorded, is_transformed, runs_eagerly_on_cpu
 from ..longconv.operator import operator
 from ..longconv.triton.toeplitz import is_usable
-from .kernel import KERNEL_DEFAULTS, KernelOptions, lag_taps, multiscale_adjoint, multiscale_kernel
+from .kernel import KERNEL_DEFAULTS, KernelOptions
+from .written_taps import read_gradient, write_taps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def takes(*parameters: Tensor) -> bool:
-    """Whether `multiscale_taps` is to be used: compiled, or on CUDA, and no transform or tracer is at work."""
+    """Whether `multiscale_taps` is to be used: no transform, tracer or, on a CPU, counter of FLOPs is at work."""
     if is_recorded() or not all(p.dtype in DTYPES for p in parameters):
         return False
     if torch.compiler.is_compiling():
         return not is_compiled_transform()
+    if all(map(runs_eagerly_on_cpu, parameters)):
+        return True
     plain = all(type(p) in (Tensor, torch.nn.Parameter) and p.is_cuda for p in parameters)
-    return plain and is_usable() and not is_transformed() and not is_in_forward_mode()
+    return plain and is_usable() and not is_transformed()
 
 
 def multiscale_taps(
@@ -68,8 +72,10 @@ def _runs_triton(x: Tensor) -> bool:
 def _like_taps(
     weight: Tensor, skip: Tensor, norm: Tensor, length: int, first_alpha: float, last_alpha: float, exponent: Any
 ) -> Tensor:
-    num_directions, num_channels = weight.shape[0], weight.shape[2]
-    return weight.new_empty((num_channels, num_directions * (length - 1) + 1), dtype=torch.float32)
+    num_taps, channels = weight.shape[0] * (length - 1) + 1, weight.shape[2]
+    if _runs_triton(weight):
+        return weight.new_empty((channels, num_taps), dtype=torch.float32)
+    return weight.new_empty((num_taps, channels), dtype=torch.float32).t()
 
 
 @operator("multiscale_taps", fake=_like_taps)
@@ -86,8 +92,7 @@ def _taps(
         from ..longconv.triton import kernel_programs
 
         return kernel_programs.taps(weight, skip, norm, length, (first_alpha, last_alpha), exponent)
-    kernel = multiscale_kernel(weight.float(), length, _options(first_alpha, last_alpha, exponent))
-    return lag_taps(kernel / norm.float(), skip.float()).contiguous()
+    return write_taps(weight.float(), skip.float(), norm.float(), length, _options(first_alpha, last_alpha, exponent))
 
 
 def _like_parameters(dtaps: Tensor, norm: Tensor, num_scales: int, scale_dim: int, *_: Any) -> Tensor:
@@ -112,7 +117,7 @@ def _parameters(
 
         return kernel_programs.parameters(dtaps, norm, shape, length, (first_alpha, last_alpha), exponent)
     options = _options(first_alpha, last_alpha, exponent)
-    return multiscale_adjoint(dtaps, norm.float(), num_scales, scale_dim, options).contiguous()
+    return read_gradient(dtaps, norm.float(), num_scales, scale_dim, options)
 
 
 # No *options in these: where nothing needs a gradient, torch's compiler leaves ctx out of a forward that has them.

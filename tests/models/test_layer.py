@@ -139,7 +139,7 @@ def test_return_kernel_gives_the_taps_that_were_used(length: int, bidirectional:
     y, kernel = layer(x, return_kernel=True)
     assert kernel.shape == (2 if bidirectional else 1, 3, length)
     assert torch.equal(kernel, layer.kernel()[..., :length])
-    assert torch.equal(y, layer(x))
+    assert relative_error(y, layer(x)) <= 2e-6
     assert relative_error(y, by_loops(x, kernel, layer.skip)) <= 2e-6
 
 
@@ -148,7 +148,7 @@ def test_float64_signal_is_convolved_in_float64(dtype: torch.dtype) -> None:
     layer = SGConv(3, 50, dtype=dtype)
     x = torch.randn(2, 3, 50, dtype=torch.float64)
     assert layer(x).dtype == torch.float64
-    assert relative_error(layer(x), definition(layer, x)) <= 1e-13
+    assert relative_error(layer(x), reference.long_conv(x, layer.built_taps())) <= 1e-13
     assert layer.kernel().dtype == dtype
 
 
