@@ -41,14 +41,14 @@ def is_compiled_transform() -> bool:
     return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def runs_eagerly_on_cpu(x: Tensor) -> bool:
-    """Whether x is an ordinary tensor on a CPU, and no compiler, tracer, transform or counter of FLOPs is at work.
+def runs_eagerly_on_cpu(*tensors: Tensor) -> bool:
+    """Whether all are ordinary tensors on a CPU, and no compiler, tracer, transform or counter of FLOPs is at work.
 
     These have to see operators that they know.
     """
     if torch.compiler.is_compiling() or is_recorded() or is_transformed() or torch._C._len_torch_dispatch_stack():
         return False
-    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
+    return all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)
 
 
 def is_transformed() -> bool:

@@ -60,18 +60,6 @@ def plain_long_conv(x: Tensor, taps: Tensor) -> Tensor:
     return torch.fft.irfft(spectrum, n)[..., :length].to(x.dtype)
 
 
-def _chunks(x: Tensor) -> Iterator[tuple[slice, list[slice]]]:
-    """Slices of the channels, and for each of them slices of the images: the chunks that are transformed at a time."""
-    batch, channels, length = x.shape
-    limit = CPU_CHUNK_BYTES if x.device.type == "cpu" else CHUNK_BYTES
-    # one signal per thread at least
-    signals = max(torch.get_num_threads(), limit // (fft_length(length) * full_precision(x.dtype).itemsize))
-    width = -(-channels // -(-channels // signals))  # channels of a chunk: all chunks but the last have as many
-    images = max(1, signals // max(1, width))
-    for first in range(0, channels, width):
-        yield slice(first, first + width), [slice(i, i + images) for i in range(0, batch, images)]
-
-
 def _write(rows: Tensor, part: Tensor) -> None:
     """Copy a part into rows whose samples lie side by side; of channels last, as many samples as the cache holds."""
     length, step = part.shape[-1], max(1, part.shape[-1])
@@ -83,11 +71,22 @@ def _write(rows: Tensor, part: Tensor) -> None:
 
 
 class _Padded:
-    """Transforms of chunks of signals. The zeros behind the samples are written once, not for every chunk."""
+    """Transforms of chunks of signals like x. The zeros behind the samples are written once, not for every chunk."""
 
     def __init__(self, x: Tensor) -> None:
-        self.length, self.n = x.shape[-1], fft_length(x.shape[-1])
+        self.shape, self.length, self.n = x.shape, x.shape[-1], fft_length(x.shape[-1])
         self.memory = torch.empty(0, 0, self.n, dtype=full_precision(x.dtype), device=x.device)
+
+    def chunks(self) -> Iterator[tuple[slice, list[slice]]]:
+        """Slices of the channels, and for each of them slices of the images, that are transformed at a time."""
+        batch, channels, _ = self.shape
+        limit = CPU_CHUNK_BYTES if self.memory.device.type == "cpu" else CHUNK_BYTES
+        # one signal per thread at least
+        signals = max(torch.get_num_threads(), limit // (self.n * self.memory.itemsize))
+        width = -(-channels // -(-channels // signals))  # channels of a chunk: all chunks but the last have as many
+        images = max(1, signals // max(1, width))
+        for first in range(0, channels, width):
+            yield slice(first, first + width), [slice(i, i + images) for i in range(0, batch, images)]
 
     def transform(self, part: Tensor, taps: Tensor | None = None) -> Tensor:
         """The spectra (b, c, n/2+1) of signals (b, c, L); with taps (c, T), theirs (1, c, n/2+1) before them.
@@ -122,7 +121,7 @@ def _freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor],
 
     def convolve(x: Tensor) -> Tensor:
         y, padded = torch.empty_like(x), _Padded(x)
-        for channels, batch in _chunks(x):
+        for channels, batch in padded.chunks():
             for images in batch:
                 y[images, channels] = padded.back(padded.transform(x[images, channels]).mul_(spectrum[channels]))
         return y
@@ -133,7 +132,7 @@ def _freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor],
 def _conv(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
     y, padded = torch.empty_like(x), _Padded(x)
     with without_autocast(x):
-        for channels, batch in _chunks(x):
+        for channels, batch in padded.chunks():
             kernel: Tensor | None = None
             for images in batch:
                 spectra = padded.transform(x[images, channels], taps[channels] if kernel is None else None)
@@ -152,7 +151,7 @@ def _correlate(x: Tensor, dy: Tensor, num_taps: int, dx: Tensor | None = None, t
     # channels last, as taps are; zero without images
     dtaps = torch.zeros(num_taps, x.shape[1], dtype=full_precision(x.dtype), device=x.device).t()
     with without_autocast(x):
-        for channels, batch in _chunks(x):
+        for channels, batch in padded.chunks():
             kernel = correlation = None
             for images in batch:
                 with_taps = taps[channels] if taps is not None and kernel is None else None

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -12,7 +13,7 @@ T = TypeVar("T")
 class _Kept(NamedTuple):
     key: Any
     written: list[Any]
-    sources: list[Tensor]  # aliases: while they live, no other tensor gets their memory and looks equal
+    sources: list[Tensor]  # aliases: while they live, no other tensor gets their memory and looks equal; or copies
     value: Any
 
 
@@ -34,6 +35,18 @@ def kept(owner: nn.Module, key: Any, sources: list[Tensor], make: Callable[[], T
     if last is None or (last.key, last.written) != (key, written):
         aliases = [source.detach() for source in sources]
         last = _KEPT[owner] = _Kept(key, written, aliases, make())
+    value: T = last.value
+    return value
+
+
+def kept_while_equal(owner: nn.Module, key: Any, sources: list[Tensor], make: Callable[[], T]) -> T:
+    """As `kept`, but by the values of the sources, which are copied: for small weights that anything may write to."""
+    key = key, [source.dtype for source in sources]
+    last = _KEPT.get(owner)
+    if last is None or last.key != key or not all(map(torch.equal, last.sources, sources)):
+        # copied before make() uses them: another thread may write to them in the meantime
+        copies = [source.detach().clone() for source in sources]
+        last = _KEPT[owner] = _Kept(key, [], copies, make())
     value: T = last.value
     return value
 

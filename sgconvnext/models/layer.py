@@ -12,12 +12,12 @@ from timm.layers import register_notrace_module
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..longconv import choose_backend, freeze, long_conv, long_conv_of_open_size
-from ..longconv.context import is_open, is_transformed, runs_eagerly_on_cpu
+from ..longconv import choose_backend, long_conv, long_conv_of_open_size
+from ..longconv.context import is_open, is_transformed
 from ..longconv.fft import plain_long_conv
+from .convolution import convolve
 from .generator import KernelGenerator
 from .input_size import join_phases, map_size, resize_taps, scale_dim_with_gap, split_phases, stretch
-from .kept import kept
 from .kernel import (
     KernelOptions,
     kernel_of_lags,
@@ -48,19 +48,6 @@ def _record_whole(layer: nn.Module, x: fx.Proxy, **options: Any) -> Any:
     """The layer as one node of a symbolic trace, which knows no shapes: torch's own layers are recorded so too."""
     tracer: Any = x.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), options)
-
-
-def _convolve(layer: Any, x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """x (B, C, L) convolved with the layer's taps for a map, or signal, of that size.
-
-    Inference with fixed taps on a CPU keeps what the backend makes of them (spectra, a matrix) for the last size.
-    """
-    frozen = layer.taps is not None
-    backend = choose_backend(x, layer.backend, one_length=layer.is_built_for(size), frozen=frozen)
-    if not frozen or torch.is_grad_enabled() or not runs_eagerly_on_cpu(x):
-        return long_conv(x, layer._taps_for(size), backend)
-    key, length = (size, x.dtype, backend), x.shape[-1]
-    return kept(layer, key, [layer.taps], lambda: freeze(layer._taps_for(size), length, x.dtype, backend))(x)
 
 
 @register_notrace_module
@@ -128,7 +115,7 @@ class SGConv(KernelGenerator):
             return long_conv(x, lag_taps(kernel, self.skip), self.backend), kernel
         if self.taps is None and len(self.chunks()) > 1:
             return self._convolve_by_chunks(x)
-        return _convolve(self, x, (length,))
+        return convolve(self, x, (length,))
 
     def _convolve_by_chunks(self, x: Tensor) -> Tensor:
         """What forward does, a chunk of channels at a time. The taps are not kept: backward makes them again."""
@@ -298,7 +285,7 @@ class SGConv2d(KernelGenerator):
         elif is_open(grid):
             return long_conv_of_open_size(x, self._taps_for(grid), self.backend)
         else:
-            y = _convolve(self, x.flatten(2), grid)
+            y = convolve(self, x.flatten(2), grid)
         return y.unflatten(2, rows)
 
     @torch.jit.ignore

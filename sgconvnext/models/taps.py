@@ -27,7 +27,7 @@ def takes(*parameters: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return not is_compiled_transform()
-    if all(map(runs_eagerly_on_cpu, parameters)):
+    if runs_eagerly_on_cpu(*parameters):
         return True
     plain = all(type(p) in (Tensor, torch.nn.Parameter) and p.is_cuda for p in parameters)
     return plain and is_usable() and not is_transformed()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..longconv import available_backends, check, freeze, long_conv, tuned
 from ..longconv.choice import shipped_backend
+from ..models.convolution import is_kept
 from ..tuning import Choice, Tuning
 from . import race, tune_blocks
 from .table import environment
@@ -133,8 +134,8 @@ def _errors(name: str, which: tuned.Convolution, truth: check.Truth) -> dict[str
 
 
 def _forward(name: str, which: tuned.Convolution, truth: check.Truth) -> Callable[[Tensor], Tensor]:
-    """The convolution with these taps, as `models.layer` runs it."""
-    if which.work == "frozen" and which.device == "cpu":
+    """The convolution with these taps, as `models.convolution` runs it in inference."""
+    if which.device == "cpu" and (which.work == "frozen" or is_kept(which.channels, which.length)):
         return freeze(truth.taps, which.length, truth.x.dtype, name)
     return functools.partial(long_conv, taps=truth.taps, backend=name)
 

@@ -105,7 +105,7 @@ def test_wrong_shipped_backend_is_replaced(monkeypatch: pytest.MonkeyPatch) -> N
     own = fft.BACKEND.operations
     assert own is not None
     damaged = replace(own, convolve=lambda x, taps, adjoint: torch.zeros_like(x))
-    monkeypatch.setitem(BACKENDS, "fft", replace(fft.BACKEND, operations=damaged))
+    monkeypatch.setitem(BACKENDS, "fft", replace(fft.BACKEND, operations=damaged, freeze=None))
     found = sgconvnext.tune(small_model(), images())
     assert {each.backend for each in found.choices if each.shipped == "fft"} <= {"toeplitz", "dft"}
     assert all(each.left_out["fft"] == "wrong, y error 1.0e+00" for each in found.choices)
