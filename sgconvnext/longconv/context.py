@@ -23,7 +23,7 @@ def _is_exporting() -> bool:
 
 def is_open(size: Sequence[int]) -> bool:
     """Whether an export leaves one of these sizes open. It is a symbol then, and comparing it would settle it."""
-    return is_recorded() and any(isinstance(side, torch.SymInt) for side in size)
+    return any(isinstance(side, torch.SymInt) for side in size) and is_recorded()
 
 
 def is_traced_to_onnx() -> bool:

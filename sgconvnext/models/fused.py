@@ -80,14 +80,14 @@ def _is_known(block: Any) -> bool:
 
 
 def _runs_triton(block: Any, x: Tensor, way: Way | None) -> bool:
-    if way is not None and way.kind != "triton":
+    if (way is not None and way.kind != "triton") or BACKENDS["triton"].refusal(x) is not None:
         return False
     if type(block.sgconv) is not SGConv2d or block.sgconv.backend_for(x) != "triton":
         return False
     transformed = not torch.compiler.is_compiling() and is_transformed()
     known = type(block.drop_path) in (DropPath, nn.Identity)
     hooked = any(map(is_hooked, block.children()))  # the block's own hooks, as FSDP2 has, run around its forward
-    return known and not transformed and not hooked and BACKENDS["triton"].refusal(x) is None
+    return known and not transformed and not hooked
 
 
 def is_hooked(block: nn.Module) -> bool:
