@@ -2,7 +2,7 @@
 
 On CUDA each is one Triton program. As `kernel` defines them they are some thirty programs a layer forward and sixty
 backward, each of which is shorter than its launch. Sums have the same bits in every run, unlike those of torch's
-interpolation on CUDA. On a CPU `written_taps` makes them with fewer copies. To a compiler they are one operator on
+interpolation on CUDA. On a CPU `sparse_taps` makes them in one pass. To a compiler they are one operator on
 every device: the small steps would take it minutes.
 """
 
@@ -16,7 +16,7 @@ from ..longconv.context import is_compiled_transform, is_recorded, is_transforme
 from ..longconv.operator import operator
 from ..longconv.triton.toeplitz import is_usable
 from .kernel import KERNEL_DEFAULTS, KernelOptions
-from .written_taps import read_gradient, write_taps
+from .sparse_taps import make_taps, weight_gradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,7 +92,7 @@ def _taps(
         from ..longconv.triton import kernel_programs
 
         return kernel_programs.taps(weight, skip, norm, length, (first_alpha, last_alpha), exponent)
-    return write_taps(weight.float(), skip.float(), norm.float(), length, _options(first_alpha, last_alpha, exponent))
+    return make_taps(weight.float(), skip.float(), norm.float(), length, _options(first_alpha, last_alpha, exponent))
 
 
 def _like_parameters(dtaps: Tensor, norm: Tensor, num_scales: int, scale_dim: int, *_: Any) -> Tensor:
@@ -117,7 +117,7 @@ def _parameters(
 
         return kernel_programs.parameters(dtaps, norm, shape, length, (first_alpha, last_alpha), exponent)
     options = _options(first_alpha, last_alpha, exponent)
-    return read_gradient(dtaps, norm.float(), num_scales, scale_dim, options)
+    return weight_gradient(dtaps.float(), norm.float(), num_scales, scale_dim, options)
 
 
 # No *options in these: where nothing needs a gradient, torch's compiler leaves ctx out of a forward that has them.
