@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -48,7 +49,9 @@ def runs_eagerly_on_cpu(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or is_recorded() or is_transformed() or torch._C._len_torch_dispatch_stack():
         return False
-    return all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)
+    return all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors) and not any(
+        map(is_legacy_batchedtensor, tensors)
+    )
 
 
 def is_transformed() -> bool:

@@ -16,7 +16,7 @@ from .precision import full_precision, without_autocast
 CPU_CHUNK_BYTES, CHUNK_BYTES = 2**23, 2**28
 # Samples of all channels that are transposed at a time on a CPU: of one image, and of all images of a chunk.
 BLOCK, CALL = 2**15, 2**17
-FEW = 2**19  # samples of all signals: for fewer, what Python does beside takes longer than writing zeros in vain
+FEW = 2**19  # samples of all signals, up to which fewer steps are worth more than fewer copies
 
 
 def fft_length(length: int) -> int:
@@ -94,8 +94,6 @@ class _Padded:
 
         In one call, since each call computes its roots of unity anew.
         """
-        if taps is None and part.shape == self.shape and part.numel() <= FEW:
-            return torch.fft.rfft(part.to(self.memory.dtype), self.n)
         rows = self._rows(*part.shape[:2])
         _write(rows[1:, :, : self.length], part)
         if taps is None:
@@ -123,6 +121,8 @@ def _freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor],
     spectrum = _spectrum(taps.to(full_precision(dtype)), length)
 
     def convolve(x: Tensor) -> Tensor:
+        if _are_few(x):
+            return _few(torch.fft.rfft(x.to(full_precision(dtype)), fft_length(length)).mul_(spectrum), x)
         y, padded = torch.empty_like(x), _Padded(x)
         for channels, batch in padded.chunks():
             for images in batch:
@@ -132,7 +132,31 @@ def _freeze(taps: Tensor, length: int, dtype: torch.dtype) -> Callable[[Tensor],
     return convolve
 
 
+def _are_few(x: Tensor) -> bool:
+    return x.device.type == "cpu" and 0 < x.numel() <= FEW
+
+
+def _few(spectrum: Tensor, x: Tensor) -> Tensor:
+    """The signals of a spectrum, laid out as x is."""
+    return torch.empty_like(x).copy_(torch.fft.irfft(spectrum, fft_length(x.shape[-1]))[..., : x.shape[-1]])
+
+
+def _few_gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    length, num_taps, dtype = x.shape[-1], taps.shape[1], full_precision(x.dtype)
+    n = fft_length(length)
+    with without_autocast(x):
+        of_dy = torch.fft.rfft(dy.to(dtype), n)
+        by_lag = torch.fft.irfft(torch.fft.rfft(x.to(dtype), n).conj_physical_().mul_(of_dy).sum(0), n)
+        dtaps = torch.cat([by_lag[:, n + length - num_taps :], by_lag[:, :length]], dim=1)
+        return _few(of_dy.mul_(_spectrum(taps.to(dtype), length).conj_physical_()), x), dtaps
+
+
 def _conv(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
+    if _are_few(x):
+        with without_autocast(x):
+            of_taps = _spectrum(taps.to(full_precision(x.dtype)), x.shape[-1])
+            of_x = torch.fft.rfft(x.to(full_precision(x.dtype)), fft_length(x.shape[-1]))
+            return _few(of_x.mul_(of_taps.conj_physical_() if adjoint else of_taps), x)
     y, padded = torch.empty_like(x), _Padded(x)
     with without_autocast(x):
         for channels, batch in padded.chunks():
@@ -175,6 +199,8 @@ def _correlate(x: Tensor, dy: Tensor, num_taps: int, dx: Tensor | None = None, t
 
 def _gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """dx and dtaps; dy is transformed once for both."""
+    if _are_few(x):
+        return _few_gradients(x, taps, dy)
     dx = torch.empty_like(x)
     return dx, _correlate(x, dy, taps.shape[1], dx, taps)
 

@@ -12,10 +12,8 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     # the meta device has no autocast; torch.amp.is_autocast_available would tell, but torch 2.6 cannot compile it
     if device == "meta":
         return nullcontext()
-    # nor has a file of ONNX, and torch.export takes twice as long for what is in such a block
-    if torch.onnx.is_in_onnx_export() and not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    # where autocast is off, entering it takes longer than a small transform, and torch.export twice as long
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def full_precision(dtype: torch.dtype) -> torch.dtype:

@@ -47,7 +47,7 @@ def make_taps(weight: Tensor, skip: Tensor, norm: Tensor, length: int, options: 
     directions, num_scales, channels, scale_dim = weight.shape
     parameters = weight.new_empty(directions * num_scales * scale_dim + 1, channels)
     scaled = parameters[:-1].view(directions, num_scales, scale_dim, channels)
-    torch.mul(weight.transpose(2, 3), _factor(norm, num_scales, options), out=scaled)
+    torch.div(weight.transpose(2, 3), _divisor(norm, num_scales, options), out=scaled)
     parameters[-1] = skip
     matrix, _ = _matrix(directions, num_scales, scale_dim, length, _exponent(options), weight.device)
     return matrix.times(parameters).t()
@@ -67,17 +67,23 @@ def weight_gradient(dtaps: Tensor, norm: Tensor, num_scales: int, scale_dim: int
     _, adjoint = _matrix(directions, num_scales, scale_dim, length, _exponent(options), dtaps.device)
     scaled = adjoint.times(dtaps.t().contiguous())[:-1].view(directions, num_scales, scale_dim, channels)
     dweight = scaled.new_empty(directions, num_scales, channels, scale_dim)
-    return torch.mul(scaled.transpose(2, 3), _factor(norm, num_scales, options).transpose(2, 3), out=dweight)
+    return torch.div(scaled.transpose(2, 3), _divisor(norm, num_scales, options).transpose(2, 3), out=dweight)
 
 
 def _exponent(options: KernelOptions) -> float:
     return options.exponent if options.decay == "position" else 0.0
 
 
-def _factor(norm: Tensor, num_scales: int, options: KernelOptions) -> Tensor:
-    """alpha_c^i / Z (directions, N, 1, C)."""
-    norm = norm.transpose(1, 2).unsqueeze(1).expand(-1, num_scales, -1, -1)
-    return 1 / (norm * inverse_decay(norm, options) if options.decay == "scale" else norm)
+def _divisor(norm: Tensor, num_scales: int, options: KernelOptions) -> Tensor:
+    """Z alpha_c^-i (directions, N, 1, C), or Z (directions, 1, 1, C)."""
+    norm = norm.reshape(len(norm), 1, 1, -1)
+    return norm * _inverse_decay(num_scales, norm.shape[3], options, norm.device) if options.decay == "scale" else norm
+
+
+@functools.lru_cache(maxsize=64)
+def _inverse_decay(num_scales: int, channels: int, options: KernelOptions, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return inverse_decay(torch.empty(1, num_scales, 1, channels, device=device), options)
 
 
 @functools.lru_cache(maxsize=64)
@@ -85,7 +91,8 @@ def _matrix(
     directions: int, num_scales: int, scale_dim: int, length: int, exponent: float, device: torch.device
 ) -> tuple[_Rows, _Rows]:
     """M, and its adjoint."""
-    with torch.inference_mode(False):  # inference would make tensors that are good for nothing else
+    # inference would make tensors that are good for nothing else, and the default device may have no memory
+    with torch.inference_mode(False), torch.device("cpu"):
         places = [_interpolation(i, scale_dim, length, exponent) for i in range(num_scales)]
         tap, parameter, value = (torch.cat(each) for each in zip(*places, strict=True))
         lag_0 = (directions - 1) * (length - 1)

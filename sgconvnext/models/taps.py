@@ -23,12 +23,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def takes(*parameters: Tensor) -> bool:
     """Whether `multiscale_taps` is to be used: no transform, tracer or, on a CPU, counter of FLOPs is at work."""
-    if is_recorded() or not all(p.dtype in DTYPES for p in parameters):
+    if not all(p.dtype in DTYPES for p in parameters):
+        return False
+    if runs_eagerly_on_cpu(*parameters):
+        return True
+    if is_recorded():
         return False
     if torch.compiler.is_compiling():
         return not is_compiled_transform()
-    if runs_eagerly_on_cpu(*parameters):
-        return True
     plain = all(type(p) in (Tensor, torch.nn.Parameter) and p.is_cuda for p in parameters)
     return plain and is_usable() and not is_transformed()
 
@@ -78,8 +80,7 @@ def _like_taps(
     return weight.new_empty((num_taps, channels), dtype=torch.float32).t()
 
 
-@operator("multiscale_taps", fake=_like_taps)
-def _taps(
+def _made(
     weight: Tensor,
     skip: Tensor,
     norm: Tensor,
@@ -95,12 +96,14 @@ def _taps(
     return make_taps(weight.float(), skip.float(), norm.float(), length, _options(first_alpha, last_alpha, exponent))
 
 
+_taps = operator("multiscale_taps", fake=_like_taps)(_made)
+
+
 def _like_parameters(dtaps: Tensor, norm: Tensor, num_scales: int, scale_dim: int, *_: Any) -> Tensor:
     return dtaps.new_empty((norm.shape[0], num_scales, norm.shape[1], scale_dim))
 
 
-@operator("multiscale_taps_backward", fake=_like_parameters)
-def _parameters(
+def _gradient(
     dtaps: Tensor,
     norm: Tensor,
     num_scales: int,
@@ -118,6 +121,9 @@ def _parameters(
         return kernel_programs.parameters(dtaps, norm, shape, length, (first_alpha, last_alpha), exponent)
     options = _options(first_alpha, last_alpha, exponent)
     return weight_gradient(dtaps.float(), norm.float(), num_scales, scale_dim, options)
+
+
+_parameters = operator("multiscale_taps_backward", fake=_like_parameters)(_gradient)
 
 
 # No *options in these: where nothing needs a gradient, torch's compiler leaves ctx out of a forward that has them.
@@ -140,7 +146,8 @@ class _Taps(Function):
         ctx.save_for_backward(norm)
         ctx.shape, ctx.dtypes = weight.shape, (weight.dtype, skip.dtype)
         ctx.options = length, first_alpha, last_alpha, exponent
-        made: Tensor = _taps(weight, skip, norm, length, first_alpha, last_alpha, exponent)
+        make = _made if runs_eagerly_on_cpu(weight) else _taps  # for which torch takes as long as for two small sums
+        made: Tensor = make(weight, skip, norm, length, first_alpha, last_alpha, exponent)
         return made
 
     @staticmethod
@@ -149,7 +156,8 @@ class _Taps(Function):
         dweight = dskip = None
         if ctx.needs_input_grad[0]:
             again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            adjoint = _Parameters.apply if again else _parameters
+            plain = _gradient if runs_eagerly_on_cpu(dtaps) else _parameters
+            adjoint = _Parameters.apply if again else plain
             dweight = adjoint(dtaps, norm, ctx.shape[1], ctx.shape[3], *ctx.options).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             lag_0 = 0 if ctx.shape[0] == 1 else ctx.options[0] - 1

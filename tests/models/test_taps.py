@@ -191,6 +191,17 @@ def test_layer_has_the_same_taps_by_both(options: KernelOptions, monkeypatch: py
     assert not torch.equal(got, torch.zeros_like(got))
 
 
+@pytest.mark.usefixtures("each_way")
+def test_batched_gradients_are_those_of_each() -> None:
+    layer, x = SGConv2d(4, (5, 6), device=DEVICE), torch.randn(2, 4, 5, 6, device=DEVICE)
+    parameters, y = [layer.weight, layer.skip], layer(x)
+    many = torch.randn(3, *y.shape, device=DEVICE)
+    batched = torch.autograd.grad(y, parameters, many, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(many):
+        for got, want in zip(batched, torch.autograd.grad(y, parameters, dy, retain_graph=True), strict=True):
+            assert relative_error(got[i], want) <= 1e-6
+
+
 @pytest.mark.end_to_end
 def test_network_compiles_with_the_operator_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.use_deterministic_algorithms(False)  # the compiler would fill memory that the interpreter then reads
