@@ -149,8 +149,9 @@ class KernelGenerator(nn.Module):
         if self.taps is not None:
             return self.taps
         else:  # noqa: RET505  TorchScript compiles what follows an if, but not the other branch of one that is settled
-            if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out an if, but no half of a condition
-                if taps_operator.takes(self.weight, self.skip, self.kernel_norm):
+            if not torch.jit.is_scripting():
+                weight, skip, norm = self.weight, self.skip, self.kernel_norm
+                if not norm.requires_grad and taps_operator.takes(weight, skip, norm):  # for which it is a constant
                     return self._taps_at_once()
             return lag_taps(self.kernel(), self.skip)
 

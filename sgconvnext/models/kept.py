@@ -44,9 +44,10 @@ def kept_while_equal(owner: nn.Module, key: Any, sources: list[Tensor], make: Ca
     key = key, [source.dtype for source in sources]
     last = _KEPT.get(owner)
     if last is None or last.key != key or not all(map(torch.equal, last.sources, sources)):
-        # copied before make() uses them: another thread may write to them in the meantime
         copies = [source.detach().clone() for source in sources]
-        last = _KEPT[owner] = _Kept(key, [], copies, make())
+        last = _Kept(key, [], copies, make())
+        if all(map(torch.equal, copies, sources)):  # no other thread wrote to them in the meantime
+            _KEPT[owner] = last
     value: T = last.value
     return value
 

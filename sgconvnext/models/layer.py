@@ -18,6 +18,7 @@ from ..longconv.fft import plain_long_conv
 from .convolution import convolve
 from .generator import KernelGenerator
 from .input_size import join_phases, map_size, resize_taps, scale_dim_with_gap, split_phases, stretch
+from .kept import forget
 from .kernel import (
     KernelOptions,
     kernel_of_lags,
@@ -348,6 +349,7 @@ class SGConv2d(KernelGenerator):
         height, width = map_size(input_size)
         self.refuse_reparameterized("be rebuilt for another input size")
         self.refuse_sharded("be rebuilt for another input size")
+        forget(self)  # the weights may stay, but not the offsets of their taps
         if self.row_gap > 0:
             self._move_taps(height, width)
         else:

@@ -16,7 +16,7 @@ from ..longconv.context import is_compiled_transform, is_recorded, is_transforme
 from ..longconv.operator import operator
 from ..longconv.triton.toeplitz import is_usable
 from .kernel import KERNEL_DEFAULTS, KernelOptions
-from .sparse_taps import make_taps, weight_gradient
+from .sparse_taps import make_taps, plain_weight_gradient, weight_gradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -80,7 +80,7 @@ def _like_taps(
     return weight.new_empty((num_taps, channels), dtype=torch.float32).t()
 
 
-def _made(
+def _make(
     weight: Tensor,
     skip: Tensor,
     norm: Tensor,
@@ -96,14 +96,14 @@ def _made(
     return make_taps(weight.float(), skip.float(), norm.float(), length, _options(first_alpha, last_alpha, exponent))
 
 
-_taps = operator("multiscale_taps", fake=_like_taps)(_made)
+_taps = operator("multiscale_taps", fake=_like_taps)(_make)
 
 
 def _like_parameters(dtaps: Tensor, norm: Tensor, num_scales: int, scale_dim: int, *_: Any) -> Tensor:
     return dtaps.new_empty((norm.shape[0], num_scales, norm.shape[1], scale_dim))
 
 
-def _gradient(
+def _differentiate(
     dtaps: Tensor,
     norm: Tensor,
     num_scales: int,
@@ -123,7 +123,7 @@ def _gradient(
     return weight_gradient(dtaps.float(), norm.float(), num_scales, scale_dim, options)
 
 
-_parameters = operator("multiscale_taps_backward", fake=_like_parameters)(_gradient)
+_parameters = operator("multiscale_taps_backward", fake=_like_parameters)(_differentiate)
 
 
 # No *options in these: where nothing needs a gradient, torch's compiler leaves ctx out of a forward that has them.
@@ -146,7 +146,7 @@ class _Taps(Function):
         ctx.save_for_backward(norm)
         ctx.shape, ctx.dtypes = weight.shape, (weight.dtype, skip.dtype)
         ctx.options = length, first_alpha, last_alpha, exponent
-        make = _made if runs_eagerly_on_cpu(weight) else _taps  # for which torch takes as long as for two small sums
+        make = _make if runs_eagerly_on_cpu(weight) else _taps  # whose dispatch takes as long as two small sums
         made: Tensor = make(weight, skip, norm, length, first_alpha, last_alpha, exponent)
         return made
 
@@ -155,14 +155,26 @@ class _Taps(Function):
         (norm,) = ctx.saved_tensors
         dweight = dskip = None
         if ctx.needs_input_grad[0]:
-            again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            plain = _gradient if runs_eagerly_on_cpu(dtaps) else _parameters
-            adjoint = _Parameters.apply if again else plain
-            dweight = adjoint(dtaps, norm, ctx.shape[1], ctx.shape[3], *ctx.options).to(ctx.dtypes[0])
+            dweight = _adjoint(dtaps, norm, ctx.shape[1], ctx.shape[3], *ctx.options).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             lag_0 = 0 if ctx.shape[0] == 1 else ctx.options[0] - 1
             dskip = dtaps[:, lag_0].to(ctx.dtypes[1])
         return dweight, dskip, None, None, None, None, None
+
+
+def _adjoint(dtaps: Tensor, norm: Tensor, num_scales: int, scale_dim: int, length: int, *options: Any) -> Tensor:
+    """The gradient of the weight, in a form that can itself be differentiated and transformed where that is asked."""
+    found: Tensor
+    if torch.compiler.is_compiling():
+        found = _parameters(dtaps, norm, num_scales, scale_dim, length, *options)
+    elif is_transformed():
+        found = plain_weight_gradient(dtaps.float(), norm.float(), num_scales, scale_dim, _options(*options))
+    elif torch.is_grad_enabled():
+        found = _Parameters.apply(dtaps, norm, num_scales, scale_dim, length, *options)
+    else:
+        differentiate = _differentiate if runs_eagerly_on_cpu(dtaps) else _parameters
+        found = differentiate(dtaps, norm, num_scales, scale_dim, length, *options)
+    return found
 
 
 class _Parameters(Function):

@@ -53,11 +53,39 @@ def test_evaluation_follows_parameters_however_they_are_written(write: Callable[
     assert module not in _KEPT  # a step of an optimiser may follow
 
 
+def test_evaluation_follows_input_size_and_options() -> None:
+    module, x = SGConv2d(3, (4, 8)).eval(), images(2, 3, 4, 8)
+    inferred(module, x)
+    module.set_input_size((8, 4))  # the weights stay the same
+    assert relative_error(inferred(module, x), rebuilt(module, x)) <= 1e-6
+    inferred(module, x)
+    module.options = module.options._replace(alpha=(1.0, 0.3))
+    assert relative_error(inferred(module, x), rebuilt(module, x)) <= 1e-6
+
+
+def test_nothing_is_kept_of_parameters_that_were_written_to_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = SGConv2d(6, 8).eval(), images(2, 6, 8, 8)
+    raw = module.weight.detach().clone()
+
+    def written_to(size: tuple[int, int]) -> Tensor:
+        module.weight.data.normal_()
+        return SGConv2d._taps_for(module, size)
+
+    monkeypatch.setattr(module, "_taps_for", written_to)
+    inferred(module, x)
+    monkeypatch.undo()
+    module.weight.data.copy_(raw)
+    assert relative_error(inferred(module, x), rebuilt(module, x)) <= 1e-6
+
+
 def test_only_small_taps_of_a_layer_with_parameters_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = SGConv2d(6, 8).eval(), images(2, 6, 8, 8)
     monkeypatch.setattr(convolution, "KEPT_BYTES", 8 * 6 * 64 - 1)
     inferred(module, x)
     assert module not in _KEPT
+    inferred(module, images(2, 6, 8, 7))
+    assert module in _KEPT
+    forget(module)
     inferred(fixed(module), x)
     assert module in _KEPT
 

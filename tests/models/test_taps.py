@@ -12,6 +12,7 @@ import torch
 from helpers import relative_error, small_model
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from sgconvnext import SGConv2d
@@ -200,6 +201,43 @@ def test_batched_gradients_are_those_of_each() -> None:
     for i, dy in enumerate(many):
         for got, want in zip(batched, torch.autograd.grad(y, parameters, dy, retain_graph=True), strict=True):
             assert relative_error(got[i], want) <= 1e-6
+
+
+@pytest.mark.usefixtures("each_way")
+@each_option
+def test_graph_made_outside_can_be_transformed(options: KernelOptions) -> None:
+    layer = SGConv2d(4, (5, 6), decay=options.decay, alpha=options.alpha, exponent=options.exponent, device=DEVICE)
+    y = layer(torch.randn(2, 4, 5, 6, device=DEVICE)).flatten()
+    many = torch.randn(3, y.numel(), device=DEVICE)
+
+    def gradient(dy: Tensor, again: bool = False) -> Tensor:
+        return torch.autograd.grad(y, layer.weight, dy, retain_graph=True, create_graph=again)[0]
+
+    want = torch.stack([gradient(dy) for dy in many])
+    for again in (False, True):
+        assert relative_error(torch.func.vmap(lambda dy, again=again: gradient(dy, again))(many), want) <= 1e-6
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(gradient(forward_ad.make_dual(many[0], many[1])))
+    assert relative_error(got.primal, want[0]) <= 1e-6
+    assert relative_error(got.tangent, want[1]) <= 1e-6
+
+
+def test_taps_are_in_float32_whatever_the_default_dtype_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taps_operator, "_runs_triton", lambda x: x.is_cuda)
+    layer = SGConv2d(7, (5, 6), alpha=(1, 1 / 3), device=DEVICE)  # sizes of which nothing is kept yet
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer.built_taps()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert relative_error(layer.built_taps(), lag_taps(layer.kernel(), layer.skip)) <= 1e-6
+
+
+def test_norm_that_is_trained_has_a_gradient() -> None:
+    layer = SGConv2d(4, (5, 6), device=DEVICE)
+    layer.kernel_norm.requires_grad_()
+    layer(torch.randn(2, 4, 5, 6, device=DEVICE)).square().sum().backward()
+    assert layer.kernel_norm.grad.abs().min() > 0
 
 
 @pytest.mark.end_to_end
