@@ -154,9 +154,7 @@ def _few_gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]
 def _conv(x: Tensor, taps: Tensor, adjoint: bool) -> Tensor:
     if _are_few(x):
         with without_autocast(x):
-            of_taps = _spectrum(taps.to(full_precision(x.dtype)), x.shape[-1])
-            of_x = torch.fft.rfft(x.to(full_precision(x.dtype)), fft_length(x.shape[-1]))
-            return _few(of_x.mul_(of_taps.conj_physical_() if adjoint else of_taps), x)
+            return torch.empty_like(x).copy_(_plain_conv(x, taps, adjoint))
     y, padded = torch.empty_like(x), _Padded(x)
     with without_autocast(x):
         for channels, batch in padded.chunks():
