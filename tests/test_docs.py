@@ -101,7 +101,7 @@ def commands(page: str) -> list[str]:
     found = [
         part.strip() for line in lines if "train.py" in line or not is_script(page, line) for part in line.split("&&")
     ]
-    programs = ("python ", "pip ", "torchrun ")
+    programs = ("python ", "pip ", "torchrun ", "bash ")
     return [line for line in found if line] + [code for code in inline_code(page) if code.startswith(programs)]
 
 
@@ -167,7 +167,7 @@ def parse_docs(script: str) -> Callable[..., None]:
 
 def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     program, *arguments = words
-    if program in ("python", "srun"):
+    if program in ("python", "srun", "bash"):
         parse(arguments, monkeypatch)
     elif program == "pytest":
         assert not arguments
@@ -179,6 +179,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             "-m": parse_module,
             "pip": parse_pip,
             **{script: parse_docs(script) for script in SCRIPTS},
+            "docs/gpu.sh": lambda arguments, _: None,  # tests/test_docs_scripts.py runs it
         }
         parsers[program](arguments, monkeypatch)  # what is in none of them is not checked, and so may not be shown
 
