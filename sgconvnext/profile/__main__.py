@@ -7,6 +7,7 @@
     python -m sgconvnext.profile tune sgconvnext_tiny --batch 8 --save here.json
     python -m sgconvnext.profile scaling convnext_tiny sgconvnext_tiny
     python -m sgconvnext.profile tiles
+    python -m sgconvnext.profile signals --length 1024 16384
 
 A model is timm's name, with arguments after commas: sgconvnext_tiny,backend=fft,num_scales=4
 
@@ -31,7 +32,7 @@ import sgconvnext  # noqa: F401  registers the models with timm
 from .. import console, figure
 from ..errors import is_out_of_memory
 from ..tuning import BlockChoice, Choice, Tuning
-from . import flops, ops, plot, race, scaling, throughput, tiles, tune
+from . import flops, ops, plot, race, scaling, signals, throughput, tiles, tune
 from .session import Session
 from .table import STYLES, Table, environment, render
 from .workload import DTYPES, EAGER, WAYS, Workload, network
@@ -137,6 +138,12 @@ def run_tiles(args: argparse.Namespace, session: Session) -> list[Table]:
     return [tiles.table(rows, args.batch, args.device, session)]
 
 
+def run_signals(args: argparse.Namespace, session: Session) -> list[Table]:
+    how = {"dtype": args.dtype, "device": args.device}
+    works = signals.works(args.length, args.channels, args.batch, args.mode, **how)
+    return [signals.table(works, args.longest_attention, session)]
+
+
 def shapes(args: argparse.Namespace) -> list[ops.Shape]:
     """Of the layers of the models and of --shape, or else the usual ones."""
     named = args.shape or ([] if args.models else ops.DEFAULT_SHAPES)
@@ -199,6 +206,7 @@ def parse_args() -> argparse.Namespace:
         ("tune", _tune, "check and time the backends on the convolutions of models, and save the fastest"),
         ("scaling", _scaling, "measure how speed and memory of models change with the resolution"),
         ("tiles", _tiles, "time the tiles of the Triton programs on a GPU, to choose the fastest"),
+        ("signals", _signals, "time the layer for signals beside attention and a convolution by torch's FFT"),
     ):
         add(commands.add_parser(name, help=text, description=text))
     return parser.parse_args()
@@ -276,6 +284,18 @@ def _tiles(sub: Parser) -> None:
     sub.set_defaults(measure=run_tiles, device="auto")
 
 
+def _signals(sub: Parser) -> None:
+    lengths = [256, 1024, 4096, 16384, 65536]
+    text = f"tokens of the signals ({' '.join(map(str, lengths))})"
+    sub.add_argument("--length", type=console.count, nargs="+", default=lengths, metavar="L", help=text)
+    sub.add_argument("--channels", type=console.count, default=128, metavar="C", help="of the signals (128)")
+    text = f"the longest signals that attention takes, whose time grows with their square ({2**16})"
+    sub.add_argument("--longest-attention", type=console.count, default=2**16, metavar="L", help=text)
+    _add_batches(sub, [1])
+    _add_timing(sub, ["inference", "training"], round_seconds=0.5)
+    sub.set_defaults(measure=run_signals, channels_last=False)
+
+
 def _add_models(sub: Parser) -> None:
     sub.add_argument("models", nargs="+", metavar="MODEL", help="timm's name, with arguments after commas")
 
@@ -286,7 +306,7 @@ def _add_size(sub: Parser, **changed: Any) -> None:
 
 
 def _add_batches(sub: Parser, default: list[int]) -> None:
-    text = f"images at a time ({' '.join(map(str, default))})"
+    text = f"images, or signals, at a time ({' '.join(map(str, default))})"
     sub.add_argument("--batch", type=console.count, nargs="+", default=default, metavar="B", help=text)
 
 

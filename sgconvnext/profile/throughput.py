@@ -12,10 +12,11 @@ import torch
 
 from ..training import build
 from . import flops
+from .memory import failure
 from .session import Session
 from .table import Table
 from .timing import RATIO, Step, Timing
-from .workload import Workload, failure, peak_memory, prepare, random_images, spoken_size
+from .workload import Workload, peak_memory, prepare, random_images, spoken_size
 
 Row = dict[str, Any]
 
@@ -105,7 +106,7 @@ def _prepare(spec: str, work: Workload, row: Row, ready: list[tuple[Row, Step]],
         step = prepare(spec, work)
         step()  # it may compile for minutes, after which the session looks at the clock
     except RuntimeError as error:
-        raise failure(spec, work, error) from error
+        raise failure(f"{spec}, {work}", error) from error
     ready.append((row, step))
 
 

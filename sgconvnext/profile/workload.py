@@ -1,15 +1,7 @@
 """What is measured of a model: a forward pass, or a whole training step, and the memory it takes."""
 
-import contextlib
-import multiprocessing
-import resource
-import signal
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,9 +10,8 @@ from timm.optim import create_optimizer_v2
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
-from ..errors import is_out_of_memory, one_line
 from ..training import build
-from .session import DoesNotFitError
+from . import memory
 from .timing import Step
 
 EAGER = "eager"  # none of WAYS
@@ -120,70 +111,5 @@ def prepare(spec: str, work: Workload) -> Step:
 
 
 def peak_memory(spec: str, work: Workload) -> int:
-    """Bytes that a model and two steps of its work take at their peak, measured in a process of their own.
-
-    On CUDA the allocator's peak; on a CPU the peak of the resident set beyond the interpreter and its libraries.
-
-    Raises:
-        DoesNotFitError: the process ran out of memory, or was killed.
-        ValueError: the model cannot do this work.
-    """
-    torch.cuda.empty_cache()  # what this process keeps for later, that one may need
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            with _deaf():
-                measured = pool.submit(_peak_here, spec, work, torch.get_num_threads())
-            return measured.result()
-        except KeyboardInterrupt:
-            for child in multiprocessing.active_children():
-                child.kill()  # the pool would wait for it
-            raise
-        except BrokenProcessPool as error:
-            raise DoesNotFitError(f"{spec}, {work}: its process was killed, probably for its memory") from error
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise failure(spec, work, error) from error
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """A process started here does not hear Ctrl-C: it would print a traceback of its own."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def failure(spec: str, work: Workload, error: Exception) -> ValueError:
-    """What an error of torch's means for the user."""
-    if is_out_of_memory(error):
-        return DoesNotFitError(f"{spec}, {work}: out of memory")
-    return ValueError(f"{spec}, {work}: {one_line(error)}")
-
-
-def _peak_here(spec: str, work: Workload, threads: int) -> int:
-    torch.set_num_threads(threads)
-    layer = nn.Linear(1, 1)
-    create_optimizer_v2(layer, opt="adamw", lr=1e-3, weight_decay=0.05).step()  # imports half of torch
-    with contextlib.suppress(OSError):  # on Linux this sets back the peak, which the imports raised
-        Path("/proc/self/clear_refs").write_text("5")
-    before, _ = _resident()
-    step = prepare(spec, work)
-    step()
-    step()  # the first one makes the optimiser's state
-    if work.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return _resident()[1] - before
-
-
-def _resident() -> tuple[int, int]:
-    """Bytes of this process in memory, now and at most so far; where only the most is known, that twice."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # not getrusage: on Linux that starts from the memory of the process that started this one
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        now, most = (int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
-        return now, most
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return most, most
+    """Bytes that a model and two steps of its work take at their peak, see `memory.peak`."""
+    return memory.peak(f"{spec}, {work}", work.device, functools.partial(prepare, spec, work))

@@ -9,7 +9,7 @@ import torch
 from helpers import refused
 
 from sgconvnext import SGConv2d
-from sgconvnext.profile import workload
+from sgconvnext.profile import memory, workload
 from sgconvnext.profile.workload import Workload, peak_memory, prepare, spoken_size
 from sgconvnext.training import build
 
@@ -126,7 +126,7 @@ def test_child_that_is_killed_is_reported(monkeypatch: pytest.MonkeyPatch) -> No
         def submit(self, *_: Any) -> Any:
             raise BrokenProcessPool
 
-    monkeypatch.setattr(workload, "ProcessPoolExecutor", Dead)
+    monkeypatch.setattr(memory, "ProcessPoolExecutor", Dead)
     with refused(TINY, "killed", "batch 4", "64x32 px"):
         peak_memory(TINY, Workload(batch=4, img_size=(64, 32)))
 
