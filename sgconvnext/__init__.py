@@ -6,12 +6,26 @@ from typing import Any
 from .longconv import flop_counter as flop_counter  # torch counts what we run
 from .models import gated_convnext as gated_convnext  # registers the control
 from .models.conversion import from_convnext
-from .models.layer import SGConv, SGConv2d
+from .models.layer import SGConv2d
 from .models.sgconvnext import SGConvNeXt
+from .sequences import networks as networks  # registers the networks for sequences
+from .sequences.layer import SGConv
+from .sequences.mixer import SGConvMixer
+from .sequences.released import from_released
 
 __version__ = "0.1.0"
 
-__all__ = ["SGConv", "SGConv2d", "SGConvNeXt", "Tuning", "__version__", "from_convnext", "tune"]
+__all__ = [
+    "SGConv",
+    "SGConv2d",
+    "SGConvMixer",
+    "SGConvNeXt",
+    "Tuning",
+    "__version__",
+    "from_convnext",
+    "from_released",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

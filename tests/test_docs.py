@@ -21,7 +21,7 @@ from training_helpers import CONFIGS, ROOT
 import train
 import validate
 from sgconvnext.longconv import BACKENDS
-from sgconvnext.models.kernel import DECAYS, INITS, kernel_options
+from sgconvnext.models.kernel import CHOICES, kernel_options
 from sgconvnext.models.sgconvnext import SIZES
 from sgconvnext.profile import flops
 from sgconvnext.training.config import from_dict, load_config
@@ -291,7 +291,7 @@ def test_layer_page_names_every_backend_and_every_option_of_a_kernel() -> None:
     assert set(backends) == {"auto", *BACKENDS}
     for name, option in inspect.signature(kernel_options).parameters.items():
         assert str(option.default) in options[name]["default"]
-    for name, choices in (("decay", [*DECAYS]), ("init", [*INITS])):
+    for name, choices in CHOICES.items():
         assert all(f'"{choice}"' in "".join(options[name].values()) for choice in choices), name
 
 

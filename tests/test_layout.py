@@ -9,6 +9,7 @@ from training_helpers import ROOT
 ROOMS = {  # what the modules of each may import
     "longconv": {"longconv"},
     "models": {"models", "longconv", "errors", "files", "fit"},
+    "sequences": {"sequences", "models", "longconv"},
     "training": {"training", "errors", "files", "fit", "console", "figure", "tuning"},
 }
 

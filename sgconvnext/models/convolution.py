@@ -19,12 +19,14 @@ def convolve(layer: Any, x: Tensor, size: tuple[int, ...]) -> Tensor:
     Inference on a CPU keeps what the backend makes of the taps (spectra, a matrix) for the last size, as long as
     weights and options have the same values.
     """
-    frozen = layer.taps is not None
+    frozen, length = layer.taps is not None, x.shape[-1]
     backend = choose_backend(x, layer.backend, one_length=layer.is_built_for(size), frozen=frozen)
     sources = [layer.taps] if frozen else [layer.weight, layer.skip, layer.kernel_norm]
-    able = (frozen or is_kept(layer.channels, x.shape[-1])) and runs_eagerly_on_cpu(x, *sources)
+    if layer.exponent is not None:
+        sources.append(layer.exponent)
+    able = (frozen or is_kept(x.shape[1], length)) and runs_eagerly_on_cpu(x, *sources)
     if able and not torch.is_grad_enabled():
-        key, length = (size, x.dtype, backend, layer.options), x.shape[-1]
+        key = (size, x.dtype, backend, layer.options)
         keep = kept if frozen else kept_while_equal
         return keep(layer, key, sources, lambda: freeze(layer._taps_for(size), length, x.dtype, backend))(x)
     if able and not frozen:

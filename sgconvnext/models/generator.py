@@ -27,13 +27,15 @@ TAPS_BYTES, CHUNK_BYTES = 2**27, 2**25
 class KernelGenerator(nn.Module):
     """Parameters to taps: one kernel per channel and direction, with the fixed norm of Eq. 1.
 
-    Parameters: ``weight`` (directions, N, C, d), ``skip`` (C); buffer ``kernel_norm`` (directions, C, 1). After
-    `reparameterize` none of them, but the buffer ``taps``: (C, 2L-1) if bidirectional, else (C, L). A layer calls
-    `reset_parameters` once it has all its parameters.
+    Parameters: ``weight`` (directions, N, C, d), ``skip`` (C); buffer ``kernel_norm`` (directions, C, 1). With h heads
+    the weight and the norm begin with (directions h), and the skip has h C numbers, head by head. With an exponent
+    that is learned, also ``exponent`` (C). After `reparameterize` none of them, but the buffer ``taps``: (h C, 2L-1)
+    if bidirectional, else (h C, L). A layer calls `reset_parameters` once it has all its parameters.
     """
 
     options: KernelOptions
     if TYPE_CHECKING:  # TorchScript would take these for the types of what is there now
+        exponent: nn.Parameter | None
         kernel_norm: Tensor
         taps: Tensor | None
 
@@ -49,6 +51,8 @@ class KernelGenerator(nn.Module):
         options: KernelOptions,
         device: Any,
         dtype: Any,
+        heads: int = 1,
+        learn_exponent: bool = False,
     ) -> None:
         super().__init__()
         if channels < 1 or length < 1:
@@ -58,10 +62,13 @@ class KernelGenerator(nn.Module):
         for name, value in (("num_scales", num_scales), ("scale_dim", scale_dim)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if scale_dim is not None and scale_dim > length:
+            raise ValueError(f"scale_dim={scale_dim} is more taps than length={length}; use at most {length}")
         check_backend(backend)
 
         self.channels = channels
         self.length = length
+        self.heads = heads
         self.bidirectional = bidirectional
         self.options = options
         self.backend = backend
@@ -72,9 +79,11 @@ class KernelGenerator(nn.Module):
             num_scales = num_scales_for(length, scale_dim)
         directions = 2 if bidirectional else 1
         dd = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(directions, num_scales, channels, scale_dim, **dd))
-        self.skip = nn.Parameter(torch.empty(channels, **dd))
-        self.register_buffer("kernel_norm", torch.empty(directions, channels, 1, **dd))
+        self.weight = nn.Parameter(torch.empty(directions * heads, num_scales, channels, scale_dim, **dd))
+        self.skip = nn.Parameter(torch.empty(heads * channels, **dd))
+        exponent = nn.Parameter(torch.empty(channels, **dd)) if learn_exponent else None
+        self.register_parameter("exponent", exponent)
+        self.register_buffer("kernel_norm", torch.empty(directions * heads, channels, 1, **dd))
         self.register_buffer("taps", None)
 
     def reset_parameters(self) -> None:
@@ -88,6 +97,8 @@ class KernelGenerator(nn.Module):
             else:
                 self.weight.copy_(_placed_like(self.weight, cosines(self.weight)))
             self.skip.normal_()
+            if self.exponent is not None:
+                self.exponent.fill_(self.options.exponent)
             self.kernel_norm.copy_(self._norm())
 
     def refuse_reparameterized(self, purpose: str) -> None:
@@ -110,14 +121,18 @@ class KernelGenerator(nn.Module):
         """The L2 norm of every kernel before it is divided by kernel_norm."""
         with torch.no_grad():
             weight = _whole(self.weight)
-            chunks = [self.multiscale(weight[:, :, a:b], self.options_of(a, b)) for a, b in self.chunks()]
+            length = self.length if self.options.norm_over == "used" else weight.shape[3] * 2 ** (weight.shape[1] - 1)
+            chunks = [
+                multiscale_kernel(_full(weight[:, :, a:b]), length, self.options_of(a, b), self._exponents(a, b))
+                for a, b in self.chunks()
+            ]
             return torch.cat([l2_norm(chunk) for chunk in chunks], dim=1)
 
     def chunks(self) -> list[tuple[int, int]]:
         """First and last channel (exclusive) of every chunk; one chunk, unless the taps take more than TAPS_BYTES."""
-        if 4 * self.length * self.channels <= TAPS_BYTES:
+        if 4 * self.length * self.heads * self.channels <= TAPS_BYTES:
             return [(0, self.channels)]
-        size = max(2, CHUNK_BYTES // (4 * self.length))
+        size = max(2, CHUNK_BYTES // (4 * self.length * self.heads))
         return [(first, min(first + size, self.channels)) for first in range(0, self.channels, size)]
 
     def options_of(self, first: int, last: int) -> KernelOptions:
@@ -128,30 +143,36 @@ class KernelGenerator(nn.Module):
         step = (end - start) / max(1, self.channels - 1)
         return self.options._replace(alpha=(1 / (start + step * first), 1 / (start + step * (last - 1))))
 
-    def multiscale(self, weight: Tensor, options: KernelOptions) -> Tensor:
-        """`multiscale_kernel` of a weight, or of a chunk of its channels, in float32 or float64."""
-        # half-precision parameters still make float32 taps; nothing in the generator is on autocast's list
-        weight = weight if weight.dtype == torch.float64 else weight.float()
-        return multiscale_kernel(weight, self.length, options)
+    def _exponents(self, first: int, last: int) -> Tensor | None:
+        """Of a chunk of channels, where they are learned."""
+        return None if self.exponent is None else _whole(self.exponent)[first:last]
+
+    def multiscale(
+        self, weight: Tensor, norm: Tensor, options: KernelOptions, exponent: Tensor | None = None
+    ) -> Tensor:
+        """The kernels (directions, h C, L) of a weight, or of a chunk of its channels, in float32 or float64."""
+        kernel = multiscale_kernel(_full(weight), self.length, options, exponent) / norm
+        return kernel if self.heads == 1 else kernel.reshape(2 if self.bidirectional else 1, -1, self.length)
 
     def kernel(self) -> Tensor:
-        """The kernel k of Eq. 1 (directions, C, L) in float32 (float64 for float64 parameters), without the skip.
+        """The kernel k of Eq. 1 (directions, h C, L) in float32 (float64 for float64 parameters), without the skip.
 
         Raises:
             ValueError: the layer is reparameterized.
         """
         if not torch.jit.is_scripting():
             self.refuse_reparameterized("give its kernel without the skip")
-        return self.multiscale(self.weight, self.options) / self.kernel_norm
+        return self.multiscale(self.weight, self.kernel_norm, self.options, self.exponent)
 
     def built_taps(self) -> Tensor:
-        """K with the skip, by lag: (C, 2L-1) if bidirectional, else (C, L); L is what the layer is built for."""
+        """K with the skip, by lag: (h C, 2L-1) if bidirectional, else (h C, L); L is what the layer is built for."""
         if self.taps is not None:
             return self.taps
         else:  # noqa: RET505  TorchScript compiles what follows an if, but not the other branch of one that is settled
             if not torch.jit.is_scripting():
                 weight, skip, norm = self.weight, self.skip, self.kernel_norm
-                if not norm.requires_grad and taps_operator.takes(weight, skip, norm):  # for which it is a constant
+                simple = self.heads == 1 and self.exponent is None and self.options.upsample == "linear"
+                if simple and not norm.requires_grad and taps_operator.takes(weight, skip, norm):  # it is a constant
                     return self._taps_at_once()
             return lag_taps(self.kernel(), self.skip)
 
@@ -174,7 +195,7 @@ class KernelGenerator(nn.Module):
             self.refuse_sharded("be reparameterized")
             with torch.inference_mode(False), torch.no_grad():
                 taps = self.built_taps().clone(memory_format=torch.contiguous_format)
-            self.weight = self.skip = self.kernel_norm = None  # type: ignore[assignment]
+            self.weight = self.skip = self.exponent = self.kernel_norm = None  # type: ignore[assignment]
             self.taps = taps
             self.eval()
 
@@ -204,12 +225,17 @@ class KernelGenerator(nn.Module):
         if self.taps is not None:
             return f"{self.channels}, length={self.length}, reparameterized, backend={self.backend!r}"
         _, scales, channels, scale_dim = self.weight.shape
-        used = ["decay", *DECAYS[self.options.decay]]
+        used = ["decay", *DECAYS[self.options.decay]] + ["upsample"] * (self.options.upsample != "linear")
         options = ", ".join(f"{name}={getattr(self.options, name)!r}" for name in used)
         return (
             f"{channels}, length={self.length}, num_scales={scales}, scale_dim={scale_dim}, "
             f"bidirectional={self.bidirectional}, {options}, backend={self.backend!r}"
         )
+
+
+def _full(weight: Tensor) -> Tensor:
+    """In float32 or float64: parameters in half precision make float32 taps. Nothing here is on autocast's list."""
+    return weight if weight.dtype == torch.float64 else weight.float()
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -16,7 +16,12 @@ from torch import Tensor
 
 # Every kind of decay, and the options that it uses beside ``init``
 DECAYS: dict[str, tuple[str, ...]] = {"scale": ("alpha",), "position": ("exponent",)}
-INITS = ("normal", "cosine")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "decay": tuple(DECAYS),
+    "init": ("normal", "cosine"),
+    "upsample": ("linear", "nearest"),
+    "norm_over": ("used", "whole"),
+}
 
 
 class KernelOptions(NamedTuple):
@@ -26,10 +31,17 @@ class KernelOptions(NamedTuple):
     alpha: tuple[float, float]
     exponent: float
     init: str
+    upsample: str
+    norm_over: str
 
 
 def kernel_options(
-    decay: str = "scale", alpha: float | tuple[float, float] = 0.5, exponent: float = 1.0, init: str = "normal"
+    decay: str = "scale",
+    alpha: float | tuple[float, float] = 0.5,
+    exponent: float = 1.0,
+    init: str = "normal",
+    upsample: str = "linear",
+    norm_over: str = "used",
 ) -> KernelOptions:
     """The options of a kernel.
 
@@ -38,19 +50,22 @@ def kernel_options(
         alpha: decay per scale; a pair spreads it over the channels, evenly in 1/alpha (Pathfinder-X: (1, 1/3)).
         exponent: t of decay="position".
         init: "normal" (w ~ N(0, 1)) or "cosine" (one random frequency per channel, direction and scale).
+        upsample: how a scale becomes taps: "linear", or "nearest" as in a mode of the authors' layer.
+        norm_over: the taps whose L2 norm is 1 at initialisation: those that are "used", or the "whole" of
+            2^(N-1) d taps before they are cut, as in the authors' layer.
 
     Raises:
         ValueError: an unknown choice, or a number that makes no kernel.
     """
-    for name, choice, known in (("decay", decay, tuple(DECAYS)), ("init", init, INITS)):
-        if choice not in known:
-            raise ValueError(f"{name} {choice!r} is unknown; use one of {', '.join(known)}")
+    for name, choice in (("decay", decay), ("init", init), ("upsample", upsample), ("norm_over", norm_over)):
+        if choice not in CHOICES[name]:
+            raise ValueError(f"{name} {choice!r} is unknown; use one of {', '.join(CHOICES[name])}")
     alphas = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, alpha)
     if len(alphas) != 2 or not all(isinstance(a, Real) and 0 < a < math.inf for a in alphas):
         raise ValueError(f"alpha={alpha!r} must be a positive number, or a pair of them")
     if not isinstance(exponent, Real) or not math.isfinite(exponent):
         raise ValueError(f"exponent={exponent!r} must be a finite number")
-    return KernelOptions(decay, (float(alphas[0]), float(alphas[1])), float(exponent), init)
+    return KernelOptions(decay, (float(alphas[0]), float(alphas[1])), float(exponent), init, upsample, norm_over)
 
 
 # by name; a dict would be a constant for TorchScript, which has none
@@ -67,12 +82,12 @@ def scale_dim_for(length: int, num_scales: int) -> int:
     return -(-length // 2 ** (num_scales - 1))
 
 
-def multiscale_kernel(weight: Tensor, length: int, options: KernelOptions) -> Tensor:
+def multiscale_kernel(weight: Tensor, length: int, options: KernelOptions, exponent: Tensor | None = None) -> Tensor:
     """Concatenate the upsampled scales of each channel, decayed but not yet normalised (Eq. 1).
 
         k = [k_0, k_1, ..., k_{N-1}],   k_i = a_i * Upsample_{2^max(i-1,0) d}(w_i),   cut to L taps
 
-    where Upsample is linear interpolation with ``align_corners=False``, and
+    where Upsample is linear interpolation with ``align_corners=False`` (or repeats the nearest parameter), and
 
         decay="scale":    a_i = alpha_c^i; alpha_c runs over the channels from alpha[0] to alpha[1], evenly in 1/alpha
         decay="position": a_i = 1, and tap j of k is multiplied by (j + 1)^-exponent   (Cat*, section 4.1.2)
@@ -81,6 +96,7 @@ def multiscale_kernel(weight: Tensor, length: int, options: KernelOptions) -> Te
         weight: parameters (directions, N, C, d), float32 or float64.
         length: taps to keep, L <= 2^(N-1) d.
         options: of the kernel.
+        exponent: one for each channel (C), in place of the one in the options.
 
     Returns:
         kernel (directions, C, L) in the dtype of weight; tap j is lag j of k+ and lag -j-1 of k-. The channels of a
@@ -97,11 +113,14 @@ def multiscale_kernel(weight: Tensor, length: int, options: KernelOptions) -> Te
             break
         if i > 1:  # the first two scales are d long, each later one doubles
             size = size * 2  # not *=: torch.jit.trace has tensors for sizes, and covered may be the same one
-        scales.append(weight[:, i] if i == 1 else _upsample(weight[:, i], size))
+        scales.append(weight[:, i] if i == 1 else _upsample(weight[:, i], size, options.upsample))
         covered = covered + size
     kernel = torch.cat(scales, dim=1)[:, :length]
     if options.decay == "position":
-        kernel = kernel * _positions(kernel) ** (-options.exponent)
+        if exponent is None:
+            kernel = kernel * _positions(kernel) ** (-options.exponent)
+        else:
+            kernel = kernel * _positions(kernel) ** (-exponent.to(kernel.dtype))
     return kernel.transpose(1, 2)
 
 
@@ -146,7 +165,7 @@ def nearest_weight(kernel: Tensor, num_scales: int, scale_dim: int, options: Ker
             weight[:, i, : taps.shape[1]] = taps
         elif not taps.is_meta and taps.any():  # a converted ConvNeXt has none here
             unit = torch.eye(scale_dim, dtype=kernel.dtype, device=kernel.device)
-            upsample = _upsample(unit[None], size)[0, : taps.shape[1]]
+            upsample = _upsample(unit[None], size, options.upsample)[0, : taps.shape[1]]
             weight[:, i] = torch.linalg.pinv(upsample.T @ upsample, hermitian=True) @ (upsample.T @ taps)
         first += size
     if options.decay == "scale":
@@ -154,8 +173,10 @@ def nearest_weight(kernel: Tensor, num_scales: int, scale_dim: int, options: Ker
     return weight.transpose(2, 3).contiguous()
 
 
-def _upsample(scale: Tensor, size: int) -> Tensor:
-    """(directions, d, C) to (directions, size, C), linearly. torch is faster for a row of an image than a signal."""
+def _upsample(scale: Tensor, size: int, how: str) -> Tensor:
+    """(directions, d, C) to (directions, size, C). torch is faster for a row of an image than a signal."""
+    if how == "nearest":
+        return scale.repeat_interleave(size // scale.shape[1], dim=1)
     row = scale.unsqueeze(1).permute(0, 3, 1, 2)  # (directions, C, 1, d), channels last
     return F.interpolate(row, size=(1, size), mode="bilinear", align_corners=False).squeeze(2).transpose(1, 2)
 

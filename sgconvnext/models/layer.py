@@ -1,26 +1,24 @@
-"""SGConv: a convolution as long as its input, with multi-scale taps (Li et al., ICLR 2023, arXiv 2210.09298).
+"""SGConv2d: SGConv over the flattened feature map (Li et al., ICLR 2023, arXiv 2210.09298, section 4.3.2).
 
 Letters: B batch, C channels, L tokens, H W feature map, N scales, d taps per scale.
 """
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, fx, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..longconv import choose_backend, long_conv, long_conv_of_open_size
-from ..longconv.context import is_open, is_transformed
+from ..longconv import choose_backend, long_conv_of_open_size
+from ..longconv.context import is_open
 from ..longconv.fft import plain_long_conv
 from .convolution import convolve
 from .generator import KernelGenerator
 from .input_size import join_phases, map_size, resize_taps, scale_dim_with_gap, split_phases, stretch
+from .inputs import check_input, of_one_size, record_whole
 from .kept import forget
 from .kernel import (
-    KernelOptions,
     kernel_of_lags,
     kernel_options,
     lag_taps,
@@ -29,145 +27,6 @@ from .kernel import (
     scale_dim_for,
 )
 from .resized_taps import taps_of_size
-
-
-def _check_input(x: Tensor, channels: int, layout: str) -> None:
-    if x.ndim != len(layout.split(", ")) or x.shape[1] != channels:
-        raise ValueError(f"x is {tuple(x.shape)}; this layer takes ({layout}) with C={channels}")
-    if 0 in x.shape[2:]:
-        raise ValueError(f"x is {tuple(x.shape)}: it has no token; this layer needs at least one")
-    if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}; this layer takes floating point: convert it with x.float()")
-
-
-def _of_one_size(x: Tensor) -> Tensor:
-    """x. A trace holds for one size: at any other size it has to fail, and not to convolve something else."""
-    return x.expand(-1, -1, *map(int, x.shape[2:])) if torch.jit.is_tracing() else x
-
-
-def _record_whole(layer: nn.Module, x: fx.Proxy, **options: Any) -> Any:
-    """The layer as one node of a symbolic trace, which knows no shapes: torch's own layers are recorded so too."""
-    tracer: Any = x.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), options)
-
-
-@register_notrace_module
-class SGConv(KernelGenerator):
-    """Global depthwise convolution of signals (arXiv 2210.09298, Eq. 1 and section 3.1).
-
-        y[b, c, t] = sum_{s=0}^{L-1} K[c, t - s] x[b, c, s] + D[c] x[b, c, t]
-        K[lag] = k+[lag] for lag >= 0,  k-[-lag-1] for lag < 0 (zero unless bidirectional)
-        k = (1/Z) [k_0, ..., k_{N-1}],  k_i = alpha^i Upsample_{2^max(i-1,0) d}(w_i)
-
-    Z (``kernel_norm``) makes the L2 norm of every kernel 1 at initialisation and is a constant from then on. With the
-    weights of a ConvNeXt it is 1, see `sgconvnext.models.convnext`.
-
-    Args:
-        channels: C.
-        length: L, the longest signal; shorter ones use the taps that they reach.
-        num_scales: N; d = ceil(L / 2^(N-1)) follows.
-        scale_dim: d; N = 1 + ceil(log2(L / d)) follows. With neither given, d = 64.
-        bidirectional: a second, independent kernel for the lags below 0; False is causal.
-        backend: "auto", "fft", "toeplitz", "dft", "triton" or "reference"; see `sgconvnext.longconv.long_conv`.
-        device, dtype: of the parameters.
-        kernel: decay, alpha, exponent, init; see `sgconvnext.models.kernel.kernel_options`.
-
-    Raises:
-        ValueError: impossible sizes or unknown choices here; in forward, x of another rank, channel count or dtype.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        length: int,
-        *,
-        num_scales: int | None = None,
-        scale_dim: int | None = None,
-        bidirectional: bool = False,
-        backend: str = "auto",
-        device: Any = None,
-        dtype: Any = None,
-        **kernel: Any,
-    ) -> None:
-        if num_scales is None and scale_dim is None:
-            scale_dim = 64
-        super().__init__(
-            channels,
-            length,
-            num_scales=num_scales,
-            scale_dim=scale_dim,
-            bidirectional=bidirectional,
-            backend=backend,
-            options=kernel_options(**kernel),
-            device=device,
-            dtype=dtype,
-        )
-        self.reset_parameters()
-
-    def forward(self, x: Tensor, return_kernel: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Map x (B, C, T), T <= L, to y of the same shape and dtype; with return_kernel also k (directions, C, T)."""
-        if isinstance(x, fx.Proxy):
-            return _record_whole(self, x, return_kernel=return_kernel)
-        _check_input(x, self.channels, "B, C, L")
-        x = _of_one_size(x)
-        length = self._reach(int(x.shape[-1]) if torch.jit.is_tracing() else x.shape[-1])
-        if return_kernel:
-            kernel = self.kernel()[..., :length]
-            return long_conv(x, lag_taps(kernel, self.skip), self.backend), kernel
-        if self.taps is None and len(self.chunks()) > 1:
-            return self._convolve_by_chunks(x)
-        return convolve(self, x, (length,))
-
-    def _convolve_by_chunks(self, x: Tensor) -> Tensor:
-        """What forward does, a chunk of channels at a time. The taps are not kept: backward makes them again."""
-        chunks = self.chunks()
-        done = []
-        for (a, b), part in zip(chunks, x.split([b - a for a, b in chunks], dim=1), strict=True):
-            convolve = functools.partial(self._convolve_chunk, options=self.options_of(a, b))
-            if not is_transformed():  # a transform takes no hooks on saved tensors
-                convolve = functools.partial(checkpoint, convolve, use_reentrant=False)
-            done.append(convolve(part, self.weight[:, :, a:b], self.skip[a:b], self.kernel_norm[:, a:b]))
-        return torch.cat(done, dim=1)
-
-    def _convolve_chunk(self, x: Tensor, weight: Tensor, skip: Tensor, norm: Tensor, options: KernelOptions) -> Tensor:
-        kernel = self.multiscale(weight, options)[..., : x.shape[-1]] / norm
-        return long_conv(x, lag_taps(kernel, skip), self.backend)
-
-    def step(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One output of a causal layer from one input: generation token by token (section 3.2), O(L) a step.
-
-        Args:
-            x: the newest input (B, C).
-            past: every input before it (B, C, T), as the last call returned it; None at the start.
-
-        Returns:
-            y (B, C), equal to the last position of forward, and past (B, C, T + 1).
-
-        Raises:
-            ValueError: the layer is bidirectional, x is not (B, C), or T + 1 exceeds the length.
-        """
-        if self.bidirectional:
-            raise ValueError("step() generates forward in time; build the layer with bidirectional=False")
-        _check_input(x, self.channels, "B, C")
-        past = x[..., None] if past is None else torch.cat([past, x[..., None]], dim=-1)
-        taps = self._taps_for((self._reach(past.shape[-1]),))
-        dtype = torch.promote_types(past.dtype, taps.dtype)
-        return (past.to(dtype) * taps.flip(-1).to(dtype)).sum(-1).to(x.dtype), past
-
-    def is_built_for(self, size: tuple[int, ...]) -> bool:
-        """Whether signals of that length are the longest."""
-        return size == (self.length,)
-
-    def _taps_for(self, size: tuple[int]) -> Tensor:
-        """The taps that a signal of that length reaches."""
-        first = 0 if not self.bidirectional else self.length - size[0]
-        last = self.length if self.bidirectional else 0
-        return self.built_taps()[:, first : last + size[0] - int(self.bidirectional)]  # a tracer has tensors for sizes
-
-    def _reach(self, length: int) -> int:
-        if length > self.length:
-            raise ValueError(f"x has {length} tokens, the kernel {self.length}: build SGConv with length={length}")
-        return length
 
 
 @register_notrace_module
@@ -195,7 +54,7 @@ class SGConv2d(KernelGenerator):
         dilation: r > 1 convolves each of the r x r subsampled maps (every r-th row and column) by itself, as a
             dilated convolution does, for networks whose stride was traded for dilation; the maps are then expected
             r times larger than input_size.
-        backend, device, dtype, kernel: as in SGConv.
+        backend, device, dtype, kernel: as in `sgconvnext.sequences.layer.SGConv`.
 
     Raises:
         ValueError: impossible sizes or unknown choices here; in forward, x of another rank, channel count or dtype.
@@ -262,9 +121,9 @@ class SGConv2d(KernelGenerator):
         """Map x (B, C, H, W) to y of the same shape and dtype."""
         if not torch.jit.is_scripting():
             if isinstance(x, fx.Proxy):
-                return _record_whole(self, x)
-            _check_input(x, self.channels, "B, C, H, W")
-            x = _of_one_size(x)
+                return record_whole(self, x)
+            check_input(x, self.channels, "B, C, H, W")
+            x = of_one_size(x)
         size = (x.shape[2], x.shape[3])
         if self.dilation > 1:
             x = split_phases(x, self.dilation)

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from ..longconv.context import is_compiled_transform, is_recorded, is_transformed, runs_eagerly_on_cpu
 from ..longconv.operator import operator
 from ..longconv.triton.toeplitz import is_usable
-from .kernel import KERNEL_DEFAULTS, KernelOptions
+from .kernel import KernelOptions, kernel_options
 from .sparse_taps import make_taps, plain_weight_gradient, weight_gradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,7 +64,7 @@ def multiscale_taps(
 
 def _options(first_alpha: float, last_alpha: float, exponent: float | None) -> KernelOptions:
     decay = "scale" if exponent is None else "position"
-    return KernelOptions(decay, (first_alpha, last_alpha), exponent or 0.0, KERNEL_DEFAULTS["init"])
+    return kernel_options(decay, (first_alpha, last_alpha), exponent or 0.0)
 
 
 def _runs_triton(x: Tensor) -> bool:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..errors import one_line
 from ..longconv.cost import image_interpolation, linear_interpolation
 from ..models.gated_convnext import GatedConvolution
-from ..models.layer import SGConv, SGConv2d
+from ..models.layer import SGConv2d
+from ..sequences.layer import SGConv
 from ..training import build
 from .layer_cost import LayerCost, layer_cost
 from .table import Table

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..longconv import BACKENDS, choose_backend, cost
-from ..models.layer import SGConv, SGConv2d
+from ..models.layer import SGConv2d
+from ..sequences.layer import SGConv
 
 
 class LayerCost(NamedTuple):
@@ -21,9 +22,10 @@ class LayerCost(NamedTuple):
 def layer_cost(layer: SGConv | SGConv2d, output: Tensor | tuple[Tensor, ...]) -> LayerCost:
     """The cost of the call of a layer that returned ``output``."""
     y = output[0] if isinstance(output, tuple) else output  # a tuple if the kernel was asked for too
+    y = y.mT if getattr(layer, "channels_last", False) else y
     dilation = getattr(layer, "dilation", 1)  # each of the r x r subsampled maps is a signal
     phase = [-(-int(size) // dilation) for size in y.shape[2:]]
-    batch, channels = int(y.shape[0]) * dilation ** len(phase), layer.channels
+    batch, channels = int(y.shape[0]) * dilation ** len(phase), layer.heads * layer.channels
     phase[-1] += getattr(layer, "row_gap", 0)  # the zero columns are convolved too
     length = math.prod(phase)
     signal = y.new_empty(1).expand(batch, channels, length)  # takes no memory
@@ -59,7 +61,8 @@ def _tell_ptflops(layer: Any, _: Any, output: Any) -> None:
     layer.__flops__ += _macs(layer, output)
 
 
+LAYERS: tuple[type, ...] = (SGConv, SGConv2d)
 # thop.profile(model, (images,), custom_ops=THOP)
-THOP = dict.fromkeys((SGConv, SGConv2d), _tell_thop)
+THOP = dict.fromkeys(LAYERS, _tell_thop)
 # ptflops.get_model_complexity_info(model, (3, 224, 224), custom_modules_hooks=PTFLOPS)
-PTFLOPS = dict.fromkeys((SGConv, SGConv2d), _tell_ptflops)
+PTFLOPS = dict.fromkeys(LAYERS, _tell_ptflops)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..longconv.check import relative_error
-from ..models.layer import SGConv
+from ..sequences.layer import SGConv
 from . import memory
 from .session import Session
 from .table import Table

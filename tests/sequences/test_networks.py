@@ -1,0 +1,202 @@
+"""Networks for sequences: padding, causality, generation, and what timm asks of a model."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers import refused, relative_error
+from torch import Tensor, nn
+
+import sgconvnext  # noqa: F401  registers the networks
+from sgconvnext.sequences.attention import Attention
+from sgconvnext.sequences.local_convolution import LocalConvolution
+from sgconvnext.sequences.mixer import SGConvMixer
+from sgconvnext.sequences.networks import LanguageModel, SequenceClassifier
+
+CLASSIFIER: dict[str, Any] = {"num_classes": 5, "vocabulary": 9, "length": 40, "dim": 16}
+LM: dict[str, Any] = {"num_classes": 11, "length": 60, "dim": 16, "sgconv": {"scale_dim": 4}}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def lively(model: Any) -> Any:
+    """With weights so large that layers change their inputs visibly, in evaluation mode."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("layers", ["C", "A", "L", "CAL"])
+def test_classifier_does_not_see_what_fills_a_sequence_up(layers: str, post_norm: bool) -> None:
+    model = lively(SequenceClassifier(layers=layers, post_norm=post_norm, mlp_ratio=2, **CLASSIFIER))
+    tokens = torch.randint(1, 9, (3, 30))
+    with torch.no_grad():
+        want = model(tokens)
+        assert relative_error(model(F.pad(tokens, (0, 10))), want) <= 2e-6
+        assert relative_error(model(torch.cat([tokens[:, :15], tokens[:, 16:]], dim=1)), want) >= 1e-3
+
+
+@pytest.mark.parametrize("layers", ["C", "A", "L", "AAC ACC"])
+def test_language_model_sees_no_later_token_and_every_earlier_one_it_can(layers: str) -> None:
+    model = lively(LanguageModel(layers=layers, **LM))
+    tokens = torch.randint(0, 11, (1, 60))
+    changed = tokens.clone()
+    changed[0, 30] = (tokens[0, 30] + 1) % 11
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert relative_error(after[:, :30], before[:, :30]) <= 2e-6
+    moved = (after - before)[0].abs().amax(-1) > 1e-7
+    assert moved[30]
+    assert bool(moved[59]) == (layers != "L")  # 7 taps do not reach so far
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("layers", ["CC", "AA", "AC CA"])
+def test_generation_token_by_token_and_by_chunks_is_the_parallel_form(layers: str, post_norm: bool) -> None:
+    model = lively(LanguageModel(layers=layers, post_norm=post_norm, **LM))
+    tokens = torch.randint(0, 11, (2, 60))
+    with torch.no_grad():
+        want = model(tokens)
+    states, steps = None, []
+    for token in tokens.unbind(1):
+        logits, states = model.step(token, states)
+        steps.append(logits)
+    assert relative_error(torch.stack(steps, dim=1), want) <= 5e-6
+    states = None
+    for part in tokens.split(17, dim=1):
+        logits, states = model.prefill(part, states)
+    assert relative_error(logits, want[:, -1]) <= 5e-6
+
+
+def test_batch_of_a_language_model_shrinks_and_grows() -> None:
+    model = lively(LanguageModel(layers="AC", **LM))
+    tokens = torch.randint(0, 11, (3, 60))
+    with torch.no_grad():
+        want = model(tokens)
+    _, old = model.prefill(tokens[:, :30])
+    _, young = model.prefill(tokens[1:2, :12])
+    states = old[[2, 0]].join(young)
+    assert len(states) == 3
+    for i in range(3):  # attention's positions are each sample's own
+        logits, states = model.step(torch.cat([tokens[[2, 0], 30 + i], tokens[1:2, 12 + i]]), states)
+        assert relative_error(logits, torch.cat([want[[2, 0], 30 + i], want[1:2, 12 + i]])) <= 5e-6
+    logits, _ = model.prefill(tokens[1:2, 15:20], states[[2]])
+    assert relative_error(logits, want[1:2, 19]) <= 5e-6
+
+
+def test_generated_tokens_are_the_likeliest_ones_and_do_not_depend_on_chunks() -> None:
+    model = lively(LanguageModel(layers="CA", **LM))
+    prompt = torch.randint(0, 11, (2, 20))
+    found = model.generate(prompt, 10, temperature=0)
+    assert torch.equal(model.generate(prompt, 10, temperature=0, chunk=7), found)
+    with torch.no_grad():
+        logits = model(torch.cat([prompt, found], dim=1))
+    assert torch.equal(logits[:, 19:-1].argmax(-1), found)
+    assert model.generate(prompt, 0).shape == (2, 0)
+    torch.manual_seed(1)
+    assert model.generate(prompt, 40).unique().numel() > 3
+
+
+@pytest.mark.parametrize("signal", [False, True])
+def test_classifier_is_a_model_of_timm(signal: bool) -> None:
+    options = CLASSIFIER | ({"vocabulary": 0, "in_chans": 2} if signal else {})
+    model: Any = timm.create_model("sequence_classifier", layers="CC", drop_rate=0.1, drop_path_rate=0.1, **options)
+    x = torch.randn(2, 2, 40) if signal else torch.randint(1, 9, (2, 40))
+    model(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.eval()
+    features = model.forward_features(x)
+    assert features.shape == (2, 40, model.num_features)
+    assert model.forward_head(features, pre_logits=True).shape == (2, 16)
+    assert torch.equal(model.forward_head(features), model(x))
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 16)
+    assert isinstance(model.get_classifier(), nn.Identity)
+
+
+def test_checkpointed_layers_have_the_same_gradients() -> None:
+    model = LanguageModel(layers="CA", **LM)
+    tokens = torch.randint(0, 11, (2, 20))
+
+    def gradients() -> list[Tensor]:
+        return list(torch.autograd.grad(model(tokens).square().sum(), list(model.parameters())))
+
+    plain = gradients()
+    model.set_grad_checkpointing()
+    assert max(map(relative_error, gradients(), plain)) <= 1e-6
+
+
+def test_weights_are_drawn_again_after_a_build_without_memory() -> None:
+    with torch.device("meta"):
+        model = LanguageModel(layers="CAL", **LM)
+    model.to_empty(device="cpu").init_weights()
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    assert float(model.embed.weight.detach().std()) == pytest.approx(0.02, rel=0.3)
+
+
+def test_glu_and_heads_reach_the_mixer() -> None:
+    model = LanguageModel(layers="C", **(LM | {"sgconv": {"glu": True, "heads": 2, "scale_dim": 4}}))
+    mixer: Any = model.layers[0]
+    assert mixer.mixer.project.weight.shape == (32, 32)  # heads and channels to values and gates
+    assert mixer.mixer.sgconv.heads == 2
+
+
+def test_attention_is_softmax_of_turned_products() -> None:
+    attention, x = Attention(8, 2, causal=True), torch.randn(1, 5, 8)
+    query, key, value = attention.qkv(x)[0].unflatten(-1, (3, 2, 4)).unbind(1)  # each (L, heads, d)
+    want = torch.zeros(5, 2, 4)
+    for h in range(2):
+        for t in range(5):
+            scores = []
+            for s in range(t + 1):
+                q, k = (torch.complex(v[:2], v[2:]) for v in (query[t, h], key[s, h]))
+                turn = torch.polar(torch.ones(2), (t - s) * torch.tensor([1.0, 0.01]))
+                scores.append(float((q * turn * k.conj()).real.sum().detach()) / 2)
+            want[t, h] = torch.tensor(scores).softmax(0) @ value[: t + 1, h]
+    assert relative_error(attention(x)[0], attention.project(want.flatten(1))) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: SequenceClassifier(layers="CX", **CLASSIFIER), ("layers='CX'", "A, C, L")),
+        (lambda: SequenceClassifier(layers=" ", **CLASSIFIER), ("layers=' '",)),
+        (lambda: SequenceClassifier(vocabulary=3, in_chans=2), ("vocabulary=3", "in_chans=2")),
+        (lambda: SequenceClassifier(), ("vocabulary=0", "in_chans=0")),
+        (lambda: Attention(8, 3), ("8 channels", "3 heads")),
+        (lambda: LocalConvolution(8, kernel_size=4), ("kernel_size=4", "odd")),
+        (lambda: SGConvMixer(8, 10, dropout=1.0), ("dropout=1.0", "below 1")),
+        (lambda: timm.create_model("sequence_lm", pretrained=True), ("sequence_lm", "no pretrained weights")),
+        (lambda: SequenceClassifier(**CLASSIFIER)(torch.zeros(2, 40)), ("torch.float32", "(B, L)")),
+        (lambda: SequenceClassifier(**CLASSIFIER)(torch.ones(2, 41, dtype=torch.long)), ("41", "length=40")),
+        (lambda: SequenceClassifier(in_chans=2)(torch.zeros(2, 3, 9)), ("(2, 3, 9)", "(B, 2, L)")),
+        (lambda: LanguageModel(**LM)(torch.zeros(2, 4, 1)), ("(2, 4, 1)", "(B, L)")),
+        (lambda: LanguageModel(**LM).step(torch.ones(2, 1, dtype=torch.long)), ("(2, 1)", "(B)")),
+        (lambda: LanguageModel(**LM).generate(torch.ones(1, 50, dtype=torch.long), 11), ("50 + 11", "60")),
+        (
+            lambda: LanguageModel(**LM).generate(torch.ones(1, 5, dtype=torch.long), 1, temperature=-1),
+            ("temperature",),
+        ),
+        (lambda: LanguageModel(layers="L", **LM).step(torch.ones(1, dtype=torch.long)), ("letters A and C",)),
+        (lambda: Attention(8, 2).step(torch.zeros(1, 8)), ("causal=True",)),
+    ],
+)
+def test_what_cannot_be_is_refused(build: Any, words: tuple[str, ...]) -> None:
+    with refused(*words):
+        build()
+
+
+def test_more_tokens_than_the_length_are_refused_in_generation() -> None:
+    model = LanguageModel(layers="A", **LM)
+    _, states = model.prefill(torch.ones(1, 60, dtype=torch.long))
+    with refused("60", "length=60"):
+        model.step(torch.ones(1, dtype=torch.long), states)
