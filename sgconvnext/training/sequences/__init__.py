@@ -1,0 +1,1 @@
+"""Datasets of long sequences: pixels, text and speech."""
