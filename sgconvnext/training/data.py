@@ -16,12 +16,13 @@ from PIL import Image
 from timm.data import ImageDataset, Mixup, create_dataset, create_transform
 from timm.layers import to_2tuple
 from torch import distributed as dist
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets import FakeData
 from torchvision.datasets.folder import DatasetFolder, default_loader
 
 from ..errors import one_line, shortened
 from .config import AugmentConfig, Config, DataConfig
+from .digits import Digits
 from .distributed import World
 from .image_folders import FolderReader, TarReader, unread_beside
 from .images import Batch, Images, collate, collate_readable
@@ -33,29 +34,6 @@ TRAIN_NAMES = ("train", "training")
 QUIET_S = 0.1  # see `_Loader`
 FOLDERS = ("", "torch/folder", "torch/image_folder")  # all of class folders; the last two in torchvision's order
 VAL_NAMES = ("val", "valid", "validation", "eval", "evaluation", "test")
-
-
-class Digits(Dataset[tuple[Any, int]]):
-    """scikit-learn's bundled 8x8 scans of handwritten digits (UCI, 1797 images), a fifth of each class held out."""
-
-    def __init__(self, train: bool) -> None:
-        try:
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
-        except ImportError as error:
-            raise ValueError("data.dataset=digits needs scikit-learn: pip install 'sgconvnext[demo]'") from error
-        digits = load_digits()
-        indices = train_test_split(range(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
-        chosen = indices[0 if train else 1]
-        self.images = [Image.fromarray((digits.images[i] * (255 / 16)).astype("uint8")) for i in chosen]
-        self.targets = [int(digits.target[i]) for i in chosen]
-        self.class_to_idx = {str(digit): digit for digit in range(10)}
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.images[index], self.targets[index]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""Datasets of long sequences: pixels, text and speech."""
+"""Long sequences and their classes, or their next bytes: generated, read, and by name."""

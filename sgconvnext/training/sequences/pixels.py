@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 
-from ..data import Digits
+from ..digits import Digits
 from .unzipped import read_unzipped
 
 
