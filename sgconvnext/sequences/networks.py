@@ -14,18 +14,17 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 
-PAD = 0  # the token that stands for none
-
 
 class SequenceClassifier(Backbone):
     """Tokens (B, L), or signals (B, in_chans, L), to the logits of a class: embedding, layers, mean, linear head.
 
-    Of tokens, 0 is none: it takes no part, so a sequence may be filled up with it. Every token sees all others.
+    Every token sees all others.
 
     Args:
         num_classes: outputs; 0: none.
-        vocabulary: V, with the 0; or
-        in_chans: channels of a signal, if there is no vocabulary.
+        vocabulary: V, 256 if neither is given; or
+        in_chans: channels of a signal.
+        pad_token: the token that stands for none. It takes no part, so a sequence may be filled up with it.
         length, layers, dim, others: as of `Backbone`.
 
     Raises:
@@ -37,19 +36,23 @@ class SequenceClassifier(Backbone):
         self,
         num_classes: int = 10,
         *,
-        vocabulary: int = 0,
+        vocabulary: int | None = None,
         in_chans: int = 0,
+        pad_token: int | None = None,
         length: int = 1024,
         layers: str = "CCCC",
         dim: int = 128,
         **others: Any,
     ) -> None:
         super().__init__(length, layers, dim, **({"causal": False} | others))
+        if vocabulary is None:
+            vocabulary = 0 if in_chans else 256
         if (vocabulary > 0) == (in_chans > 0):
             raise ValueError(
                 f"vocabulary={vocabulary} and in_chans={in_chans}: give one of them, of tokens or of signals"
             )
         self.num_classes, self.vocabulary, self.in_chans = num_classes, vocabulary, in_chans
+        self.pad_token = pad_token
         self.embed = nn.Embedding(vocabulary, dim) if vocabulary else nn.Linear(in_chans, dim)
         self.reset_classifier(num_classes)
         self.init_weights()
@@ -82,8 +85,8 @@ class SequenceClassifier(Backbone):
         self.head = nn.Linear(self.num_features, num_classes, device=device) if num_classes else nn.Identity()
 
     def _seen(self, x: Tensor) -> Tensor | None:
-        """Which tokens are there; of signals, all."""
-        return x != PAD if self.vocabulary else None
+        """Which tokens are there (B, L); None where all are."""
+        return None if self.pad_token is None else x != self.pad_token
 
     def _check(self, x: Tensor) -> None:
         if self.vocabulary and (x.ndim != 2 or x.is_floating_point()):

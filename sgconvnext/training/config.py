@@ -58,15 +58,17 @@ class DataConfig:
     """Where the images come from, and their size."""
 
     dataset: str = knob(
-        "", "'': folder of class folders, or tar; torch/..., hfds/..., wds/... as timm; digits; synthetic"
+        "",
+        "'': folder of class folders, or tar; torch/..., hfds/..., wds/... as timm; sequence/...; digits, synthetic",
     )
+    kwargs: dict[str, Any] = knob({}, "further arguments of a sequence/... dataset")
     root: str = knob("", "folder that holds the splits; for hfds the cache folder", resume="local", path=True)
     train_split: str = knob(
         "train", "folder or tar file under data.root, or the dataset's own name of the split", path=True
     )
     val_split: str = knob("val", "likewise, for validation", path=True)
     train_samples: int | None = knob(
-        None, "images per epoch, for datasets that cannot tell (wds, synthetic)", at_least(1)
+        None, "images per epoch, for datasets that cannot tell (wds, synthetic, sequences that are made)", at_least(1)
     )
     val_samples: int | None = knob(None, "validation images, for datasets that cannot tell", at_least(1))
     download: bool = knob(False, "let torch/... datasets download what is missing", resume="free")
@@ -346,10 +348,10 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"optim": {"lr": 1}}`` to ``{"optim.lr": 1}``; model.kwargs, a value, stays whole."""
+    """``{"optim": {"lr": 1}}`` to ``{"optim.lr": 1}``; the kwargs of a section, a value, stay whole."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        nested = isinstance(value, dict) and prefix + key != "model.kwargs"
+        nested = isinstance(value, dict) and key != "kwargs"
         flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
 

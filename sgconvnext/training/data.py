@@ -26,6 +26,7 @@ from .digits import Digits
 from .distributed import World
 from .image_folders import FolderReader, TarReader, unread_beside
 from .images import Batch, Images, collate, collate_readable
+from .sequences.named import PREFIX, Sequences, open_sequences
 from .shards import Shards
 from .signals import STOPPING, settle_worker
 
@@ -38,9 +39,9 @@ VAL_NAMES = ("val", "valid", "validation", "eval", "evaluation", "test")
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One split of the data: its images over all processes, and its classes by name where it knows them."""
+    """One split of the data: images or sequences, over all processes, and its classes by name where it knows them."""
 
-    dataset: Images | Shards
+    dataset: Images | Shards | Sequences
     class_to_idx: dict[str, int] | None
     num_classes: int | None = None  # where the dataset tells it without the names
     unread: Counter[str] = field(default_factory=Counter)  # files that are no image, by suffix
@@ -94,6 +95,8 @@ def create_split(config: Config, train: bool) -> Split:
     Raises:
         ValueError: the folder, split or package is missing, or holds no image; never another folder instead.
     """
+    if config.data.dataset.startswith(PREFIX):
+        return Split(*open_sequences(config, train))
     source = _open(config, train)
     transform = train_transform(config.data, config.augment) if train else eval_transform(config.data)
     reader = getattr(source, "reader", source)
@@ -153,7 +156,7 @@ def _named(data: DataConfig, split: str, knob: str) -> str:
     if kind not in ("torch", "hfds", "wds"):
         raise ValueError(
             f"data.dataset={data.dataset!r} is unknown; use '' for image folders, torch/..., hfds/..., wds/..., "
-            "digits or synthetic"
+            "sequence/..., digits or synthetic"
         )
     if kind == "torch" and split not in names:
         raise ValueError(f"data.{knob}={split!r} is no split of {data.dataset}; use {names[0]!r}")
@@ -294,7 +297,7 @@ class TrainLoader:
     def __init__(self, split: Split, config: Config, world: World) -> None:
         self.dataset, self.world, self.batch = split.dataset, world, config.optim.batch_per_device
         self.order: _Order | None = None
-        if isinstance(self.dataset, Images):
+        if not isinstance(self.dataset, Shards):
             self.order = _Order(self.dataset, world.size, world.rank, seed=config.seed, drop_last=True)
         self.loader = _Loader(
             self.dataset,
@@ -310,7 +313,7 @@ class TrainLoader:
 
         Batches depend on the seed, the epoch, and for shards on the workers; not on what was drawn or loaded before.
         """
-        if isinstance(self.dataset, Images):
+        if not isinstance(self.dataset, Shards):
             assert self.order is not None
             self.dataset.epoch = number
             self.order.set_epoch(number)
@@ -323,7 +326,7 @@ class TrainLoader:
 def create_eval_loader(split: Split, config: Config, world: World) -> DataLoader[Any]:
     """Each image exactly once over all processes, whatever their number: a stride of the indices, never padded."""
     sampler = None
-    if isinstance(split.dataset, Images):
+    if not isinstance(split.dataset, Shards):
         sampler = range(world.rank, len(split), world.size)
     else:
         split.dataset.plan(0, world.rank, world.size, config.optim.batch_per_device)

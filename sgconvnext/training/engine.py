@@ -28,6 +28,7 @@ from .distributed import World
 from .images import UNREADABLE, Batch, Images
 from .nonfinite import first_gradient, first_module
 from .optim import set_learning_rate
+from .sequences.named import Sequences
 from .shards import Shards
 from .signals import STOPPING, StopRequest
 
@@ -52,7 +53,7 @@ class Training:
     mixup: Mixup | None
     accumulation: int
     learning_rates: NDArray[np.float64]  # one for every update of the run
-    images: Images | Shards  # the training split
+    images: Images | Shards | Sequences  # the training split
     stop: StopRequest = field(default_factory=StopRequest)
 
     def evaluated(self) -> dict[str, nn.Module]:
@@ -93,7 +94,7 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any
 
 
 def to_device(batch: Batch, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images and targets on the device, copied asynchronously where they are pinned."""
+    """Images, or sequences, and targets on the device, copied asynchronously where they are pinned."""
     layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
     return (
         batch.images.to(device, non_blocking=True, memory_format=layout),
@@ -109,8 +110,13 @@ def forward_loss(t: Training, model: Any, batch: Batch) -> Tensor:
             images = images.clone()  # timm mixes in place, and a replay needs the batch as it came
         images, targets = t.mixup(images, targets)
     with autocast(t.config, t.world.device):
-        loss: Tensor = t.criterion(model(images), targets)
+        loss: Tensor = t.criterion(*by_target(model(images), targets))
     return loss
+
+
+def by_target(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, K) and targets as they are; those of a language model, (B, L, K) and (B, L), token by token."""
+    return (logits.flatten(0, 1), targets.flatten()) if logits.ndim == 3 else (logits, targets)
 
 
 def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: float) -> None:
@@ -219,6 +225,8 @@ def evaluate(
 ) -> dict[str, float] | None:
     """top1 and top5 in percent, mean cross-entropy and count over all processes, each image counted once.
 
+    Of a language model the percent and the mean are over the tokens.
+
     With fewer than five classes top5 is 100. Images that cannot be read are left out, and counted as ``unreadable``.
     Every process gets the same result; None if one of them was asked to stop.
 
@@ -227,7 +235,7 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # top1, top5, loss
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top1, top5, loss, targets
     seen = unreadable = 0
     for batch in _until_stopped(loader, world, stop or StopRequest()):
         loader.dataset.tell(batch)  # type: ignore[attr-defined]
@@ -238,19 +246,21 @@ def evaluate(
         images, targets = to_device(batch, config, world.device)
         with autocast(config, world.device):
             logits = model(images)
-        logits = logits.float()
+        logits, targets = by_target(logits.float(), targets)
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        sums += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), loss])
+        sums[:3] += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), loss])
+        sums[3] += len(targets)
     model.train(training)
     if stop is not None and stop.agreed:
         return None
-    top1, top5, loss_sum, count, lost = world.sum(torch.cat([sums, sums.new_tensor([seen, unreadable])])).tolist()
+    summed = world.sum(torch.cat([sums, sums.new_tensor([seen, unreadable])])).tolist()
+    top1, top5, loss_sum, scored, count, lost = summed
     total = len(loader.dataset)  # type: ignore[arg-type]
     if count + lost != total:
         raise RuntimeError(f"evaluation saw {count + lost:.0f} of {total} validation images")
     check_readable(int(lost), total, "validation", config)
-    means = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count}
+    means = {"top1": 100 * top1 / scored, "top5": 100 * top5 / scored, "loss": loss_sum / scored}
     return means | {"count": int(count), "unreadable": int(lost)}
 
 

@@ -43,17 +43,20 @@ ALPHA = {"LA": "RGBA", "RGBA": "RGBA", "P": "RGBA", "PA": "RGBA", "La": "LA", "R
 
 
 class Sample(NamedTuple):
-    """One image; None where it could not be read."""
+    """One image, or sequence; None where it could not be read."""
 
     image: Tensor | None
-    target: int
+    target: Any  # its class; of a language model, the tokens (L,)
     place: int  # the index in the dataset; in shards, the place in the epoch's order
     fault: int  # of FAULTS
     reason: str = ""  # why it could not be read
 
 
 class Batch(NamedTuple):
-    """Images (B, 3, H, W) and their classes (B,); places, faults and reasons of all N samples, read or not."""
+    """A batch, and places, faults and reasons of all N samples, read or not.
+
+    Images (B, 3, H, W) or sequences (B, ...); their classes (B,), or of a language model tokens (B, L).
+    """
 
     images: Tensor
     targets: Tensor
@@ -64,6 +67,8 @@ class Batch(NamedTuple):
 
 class TellsFaults:
     """Logs every odd image once, by its place."""
+
+    noun = "image"  # what one sample is called
 
     def __init__(self) -> None:
         self.told: set[str] = set()
@@ -82,7 +87,7 @@ class TellsFaults:
             name = self.name(place) if fault else ""
             if fault and name not in self.told:
                 self.told.add(name)
-                _logger.warning("%s image: %s%s", FAULTS[fault], name, f" ({reason})" if reason else "")
+                _logger.warning("%s %s: %s%s", FAULTS[fault], self.noun, name, f" ({reason})" if reason else "")
 
 
 class Images(TellsFaults, Dataset[Sample]):
@@ -249,7 +254,7 @@ def collate_readable(samples: list[Sample]) -> Batch:
 
 def _batch(shown: list[Sample], samples: list[Sample]) -> Batch:
     images = default_collate([sample.image for sample in shown])
-    return Batch(images, torch.tensor([sample.target for sample in shown]), *_places(samples))
+    return Batch(images, default_collate([sample.target for sample in shown]), *_places(samples))
 
 
 def _places(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:

@@ -18,9 +18,10 @@ from . import distributed, rng
 from .data import Split, class_names
 from .engine import Training, forward_loss
 from .image_folders import counted
-from .images import Batch, Images
+from .images import Batch, Images, collate
 from .optim import updates_per_epoch
 from .run_folder import COPY, SYMBOLIC, RunFolder, kind_of_links
+from .sequences.named import Sequences
 
 _logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ def look_ahead(t: Training, train: Split, val: Split) -> None:
     names = ": " + shortened(class_names(train.class_to_idx)) if train.class_to_idx else ""
     for line in (
         f"{config.model.name}: {parameters:.1f}M parameters, {config.model.num_classes} classes{names}",
-        f"{len(train)} training and {len(val)} validation images, " + class_counts(train.dataset, train.class_to_idx),
+        f"{len(train)} training and {len(val)} validation {train.dataset.noun}s, "
+        + class_counts(train.dataset, train.class_to_idx),
         *unread(train=train, val=val),
         "global batch {} = {} per device x {} {} x {} accumulation; ".format(*batch, t.accumulation)
         + f"{updates} updates per epoch, {len(t.learning_rates)} in all; {config.run.precision}",
@@ -61,11 +63,16 @@ def look_ahead(t: Training, train: Split, val: Split) -> None:
 def kernels(model: nn.Module, img_size: int | tuple[int, int]) -> list[str]:
     """One line for each stage of a model with global kernels: its tokens at that image size, and its taps.
 
-    A block with a global kernel has the layer as ``sgconv``; a model without such blocks gives no line.
+    A block with a global kernel has the layer as ``sgconv``; a model without such blocks gives no line, and one for
+    sequences a line for all of them.
     """
     height, width = to_2tuple(img_size)
     layers: dict[str, Any] = {}  # of the first block of each stage
     for name, module in model.named_modules():
+        if hasattr(module, "sgconv") and not hasattr(module.sgconv, "input_size"):
+            directions, scales, _, taps = module.sgconv.weight.shape
+            tokens = f"{module.sgconv.length} tokens"
+            return [f"kernels for {tokens} in {directions} directions, {scales} scales of {taps} taps"]
         if hasattr(module, "sgconv"):
             layers.setdefault(name.partition(".blocks.")[0], module.sgconv)
     lines = []
@@ -83,9 +90,9 @@ def kernels(model: nn.Module, img_size: int | tuple[int, int]) -> list[str]:
 
 def class_counts(dataset: Any, class_to_idx: dict[str, int] | None = None) -> str:
     """How many images the classes have, by name, for datasets that can tell without opening them."""
-    targets = dataset.targets() if isinstance(dataset, Images) else None
+    targets = dataset.targets() if isinstance(dataset, Images | Sequences) else None
     if targets is None:
-        return "images per class unknown"
+        return f"{dataset.noun}s per class unknown"
     names = class_names(class_to_idx or {})
     counts = Counter({number: 0 for number, name in enumerate(names) if name})
     counts.update(targets)
@@ -93,7 +100,7 @@ def class_counts(dataset: Any, class_to_idx: dict[str, int] | None = None) -> st
         f"{counts[number]} ({names[number] if number < len(names) else f'class {number}'})"
         for number in (min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__))
     )
-    return f"{fewest} to {most} images per class"
+    return f"{fewest} to {most} {dataset.noun}s per class"
 
 
 def unread(**splits: Split) -> list[str]:
@@ -192,6 +199,8 @@ def _forward_backward(t: Training, size: int, shape: tuple[int, int, int]) -> in
     with _untouched(t):
         zeros = torch.zeros(size, dtype=torch.int64)
         batch = Batch(torch.randn(size, *shape), zeros, zeros, zeros, [""] * size)
+        if isinstance(t.images, Sequences):  # tokens cannot be noise
+            batch = collate([t.images[i % len(t.images)] for i in range(size)])
         try:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 loss = forward_loss(t, t.model.forward, batch)  # not compiled, to be quick

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10
+from torchvision import datasets
 
 from ..digits import Digits
 from .unzipped import read_unzipped
@@ -45,6 +45,8 @@ class Pixels(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, source: Labelled, tokens: bool = True) -> None:
         self.source, self.tokens = source, tokens
+        self.class_to_idx = getattr(source, "class_to_idx", None)
+        self.targets = getattr(source, "targets", None)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -73,6 +75,7 @@ class FashionMNIST(Dataset[tuple[Image.Image, int]]):
         if len(self.images) != len(targets):
             raise ValueError(f"{images} holds {len(self.images)} images, but {labels} {len(targets)} classes")
         self.targets: list[int] = targets.tolist()
+        self.class_to_idx = {name: number for number, name in enumerate(datasets.FashionMNIST.classes)}
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -101,7 +104,7 @@ def _read_idx(root: str, name: str, dims: int) -> tuple[Path, np.ndarray[Any, np
 def _cifar10(root: str, train: bool) -> Labelled:
     """torchvision's, whose checksums tell a damaged file."""
     try:
-        return CIFAR10(root, train)
+        return datasets.CIFAR10(root, train)
     except RuntimeError as error:
         raise ValueError(f"{root!r} holds no whole cifar-10-batches-py, as torchvision unpacks it") from error
 
