@@ -193,6 +193,7 @@ def another(name: str) -> Any:
         "model.drop": 0.25,
         "model.drop_path": 0.25,
         "model.kwargs": {"depths": [1, 1, 1, 1]},
+        "data.kwargs": {"length": 1},
         "data.crop_mode": "border",
         "data.interpolation": "nearest",
         "augment.remode": "rand",

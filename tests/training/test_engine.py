@@ -243,8 +243,8 @@ def test_shares_of_an_evaluation_add_up_to_the_whole(monkeypatch: pytest.MonkeyP
         loader = evaluation_loader(images, targets, batch_size=4, sampler=range(rank, 23, 3))
         with pytest.raises(RuntimeError, match="23"):  # a share alone is not the whole set
             engine.evaluate(model, loader, config_of(), alone(rank, 3))
-    top1, top5, loss, count, unreadable = torch.stack([s for s in sums if len(s) == 5]).sum(0).tolist()
-    assert (count, unreadable) == (23, 0)
+    top1, top5, loss, scored, count, unreadable = torch.stack([s for s in sums if len(s) == 6]).sum(0).tolist()
+    assert (scored, count, unreadable) == (23, 23, 0)
     assert [100 * top1 / 23, 100 * top5 / 23, loss / 23] == pytest.approx(
         [want["top1"], want["top5"], want["loss"]], rel=1e-6
     )

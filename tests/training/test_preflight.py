@@ -84,7 +84,9 @@ def test_classes_of_a_dataset_with_targets_are_counted_without_opening_it(target
 
 
 @pytest.mark.parametrize(
-    "dataset", [data.create_split(micro_config(), train=True).dataset, object()], ids=["images", "unknown"]
+    "dataset",
+    [data.create_split(micro_config(), train=True).dataset, SimpleNamespace(noun="image")],
+    ids=["images", "unknown"],
 )
 def test_classes_that_only_opening_would_tell_are_unknown(dataset: Any) -> None:
     assert preflight.class_counts(dataset) == "images per class unknown"
