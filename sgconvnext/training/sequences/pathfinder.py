@@ -221,8 +221,7 @@ def write_image_folder(folder: str | os.PathLike[str], train: int, val: int, **o
         raise ValueError(f"folder {str(place)!r} cannot be written ({error.strerror}); name another") from error
 
 
-def main() -> None:
-    """Write the folders that the command line asks for."""
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("folder", metavar="FOLDER", type=console.path, help="to write; it must be empty or not there")
     parser.add_argument("--train", type=console.count, default=20_000, metavar="N", help="training pictures (20000)")
@@ -234,7 +233,12 @@ def main() -> None:
     parser.add_argument("--gap", type=float, metavar="PX", help="between dashes of a path (half a dash)")
     parser.add_argument("--curvature", type=float, default=60.0, metavar="DEGREES", help="greatest turn (60)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all pictures (0)")
-    options = vars(parser.parse_args())
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write the folders that the command line asks for."""
+    options = vars(parse_args())
     with console.interruptible():
         try:
             write_image_folder(**options)
