@@ -171,10 +171,15 @@ class KernelGenerator(nn.Module):
         else:  # noqa: RET505  TorchScript compiles what follows an if, but not the other branch of one that is settled
             if not torch.jit.is_scripting():
                 weight, skip, norm = self.weight, self.skip, self.kernel_norm
-                simple = self.heads == 1 and self.exponent is None and self.options.upsample == "linear"
+                simple = self.is_plain()
                 if simple and not norm.requires_grad and taps_operator.takes(weight, skip, norm):  # it is a constant
                     return self._taps_at_once()
             return lag_taps(self.kernel(), self.skip)
+
+    @torch.jit.unused
+    def is_plain(self) -> bool:
+        """Whether the taps are those of one operator, see `taps`."""
+        return self.heads == 1 and self.exponent is None and self.options.upsample == "linear"
 
     @torch.jit.unused
     def _taps_at_once(self) -> Tensor:

@@ -60,11 +60,12 @@ class Bends:
 def _structure(layer: "SGConv") -> tuple[int, Tensor]:
     """How many taps are read one by one, and the lags at which the second difference of the others is not zero.
 
-    With decay by position, and after `reparameterize`, when the scales are not known any more, all are read.
+    With decay by position, of every r-th token, and after `reparameterize`, when the scales are not known any more,
+    all are read.
     """
     nothing = torch.empty(0, dtype=torch.long)
-    if layer.taps is not None or layer.options.decay == "position":
-        return layer.length, nothing
+    if layer.taps is not None or layer.options.decay == "position" or layer.subsample > 1:
+        return layer.longest, nothing
     num_scales, size = layer.weight.shape[1], layer.weight.shape[3]
     lags = []
     for i in range(DIRECT, num_scales):
@@ -89,7 +90,7 @@ class ConvState(Cache):
 
     def __init__(self, layer: "SGConv", x: Tensor) -> None:
         """A state without inputs, for signals like x (B, C, ...)."""
-        super().__init__(layer, x.shape[0], x.device, layer.length)
+        super().__init__(layer, x.shape[0], x.device, layer.longest)
         self.bends = Bends(layer)
 
     def take(self, x: Tensor) -> None:

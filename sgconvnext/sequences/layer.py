@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
@@ -42,6 +43,11 @@ class SGConv(KernelGenerator):
         bidirectional: a second, independent kernel for the lags below 0; False is causal.
         heads: h kernels per channel. y then has h C channels, head by head: channel c of head i is i C + c.
         channels_last: x is (B, L, C), and y (B, L, h C).
+        subsample: r, for signals of which only every r-th token is there, such as sound at half the rate for r = 2:
+
+                K'[lag] = sum_{m=0}^{r-1} K[r lag + m],   and so for the lags below 0 with their own kernel
+
+            The parameters are those of the layer with r = 1, and the longest signal has ceil(L / r) tokens.
         learn_exponent: of decay="position": every channel learns its exponent, beginning with the given one.
         backend: "auto", "fft", "toeplitz", "dft", "triton" or "reference"; see `sgconvnext.longconv.long_conv`.
         device, dtype: of the parameters.
@@ -62,6 +68,7 @@ class SGConv(KernelGenerator):
         bidirectional: bool = False,
         heads: int = 1,
         channels_last: bool = False,
+        subsample: int = 1,
         learn_exponent: bool = False,
         backend: str = "auto",
         device: Any = None,
@@ -70,8 +77,9 @@ class SGConv(KernelGenerator):
     ) -> None:
         if num_scales is None and scale_dim is None:
             scale_dim = max(1, min(SCALE_DIM, length))
-        if type(heads) is not int or heads < 1:
-            raise ValueError(f"heads={heads!r} must be a whole number, at least 1")
+        for name, value in (("heads", heads), ("subsample", subsample)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
         options = kernel_options(**kernel)
         if learn_exponent and options.decay != "position":
             raise ValueError(f"learn_exponent is for decay='position', not decay={options.decay!r}")
@@ -89,6 +97,7 @@ class SGConv(KernelGenerator):
             learn_exponent=learn_exponent,
         )
         self.channels_last = channels_last
+        self.subsample = subsample
         self.reset_parameters()
 
     def forward(self, x: Tensor, return_kernel: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -187,23 +196,44 @@ class SGConv(KernelGenerator):
         y, state = Generator(self).prefill(x, state)
         return y.mT if self.channels_last else y, state
 
+    def multiscale(
+        self, weight: Tensor, norm: Tensor, options: KernelOptions, exponent: Tensor | None = None
+    ) -> Tensor:
+        """As of `KernelGenerator`, for every r-th token."""
+        kernel = super().multiscale(weight, norm, options, exponent)
+        if self.subsample == 1:
+            return kernel
+        missing = self.longest * self.subsample - self.length
+        return F.pad(kernel, (0, missing)).unflatten(-1, (self.longest, self.subsample)).sum(-1)
+
+    def is_plain(self) -> bool:
+        """As of `KernelGenerator`; the operator makes no taps of every r-th token."""
+        return super().is_plain() and self.subsample == 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest signal."""
+        return -(-self.length // self.subsample)
+
     def is_built_for(self, size: tuple[int, ...]) -> bool:
         """Whether signals of that length are the longest."""
-        return size == (self.length,)
+        return size == (self.longest,)
 
     def _taps_for(self, size: tuple[int]) -> Tensor:
         """The taps that a signal of that length reaches."""
-        first = 0 if not self.bidirectional else self.length - size[0]
-        last = self.length if self.bidirectional else 0
+        first = 0 if not self.bidirectional else self.longest - size[0]
+        last = self.longest if self.bidirectional else 0
         return self.built_taps()[:, first : last + size[0] - int(self.bidirectional)]  # a tracer has tensors for sizes
 
     def reach(self, length: int) -> int:
         """The length, refused if no taps reach so far."""
-        if length > self.length:
-            raise ValueError(f"x has {length} tokens, the kernel {self.length}: build SGConv with length={length}")
+        if length > self.longest:
+            cure = f"build SGConv with length={length * self.subsample}"
+            raise ValueError(f"x has {length} tokens, the kernel {self.longest}: {cure}")
         return length
 
     def extra_repr(self) -> str:
         heads = f", heads={self.heads}" if self.heads != 1 else ""
+        heads += f", subsample={self.subsample}" if self.subsample != 1 else ""
         learned = ", learn_exponent=True" if self.exponent is not None else ""
         return f"{super().extra_repr()}{heads}{learned}" + (", channels_last=True" if self.channels_last else "")

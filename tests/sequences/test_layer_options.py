@@ -150,3 +150,36 @@ def test_layer_is_a_module_like_any_other() -> None:
     model(torch.randn(2, 3, 40)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert "heads=2" in repr(model[0])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("length", "r"), [(40, 2), (41, 2), (40, 3), (5, 7)])
+def test_every_r_th_token_meets_the_sum_of_r_taps(length: int, r: int, bidirectional: bool) -> None:
+    whole = SGConv(3, length, bidirectional=bidirectional)
+    some = SGConv(3, length, bidirectional=bidirectional, subsample=r)
+    some.load_state_dict(whole.state_dict())
+    kernel, tokens = whole.kernel().detach(), -(-length // r)
+    sums = torch.stack([kernel[..., r * i : r * i + r].sum(-1) for i in range(tokens)], dim=-1)
+    x = torch.randn(2, 3, tokens)
+    want = reference.long_conv(x.double(), lag_taps(sums, whole.skip.detach()).double())
+    assert relative_error(some(x), want) <= 2e-6
+    if tokens > 1:
+        short = reference.long_conv(x[..., 1:].double(), lag_taps(sums[..., :-1], whole.skip.detach()).double())
+        assert relative_error(some(x[..., 1:]), short) <= 2e-6
+    with refused(f"{tokens + 1} tokens", f"length={(tokens + 1) * r}"):
+        some(torch.zeros(1, 3, tokens + 1))
+    if not bidirectional:
+        _, state = some.prefill(x[..., :-1]) if tokens > 1 else (None, None)
+        assert relative_error(some.step(x[..., -1], state)[0], want[..., -1]) <= 2e-6
+    some.eval().reparameterize()
+    assert relative_error(some(x), want) <= 2e-6
+
+
+def test_smooth_signal_at_half_the_rate_gives_nearly_the_same_outputs() -> None:
+    """What the test at another rate needs: the sum over taps stands for the same integral."""
+    layer, half = SGConv(1, 2000, scale_dim=64), SGConv(1, 2000, scale_dim=64, subsample=2)
+    half.load_state_dict(layer.state_dict())
+    layer.skip.data.zero_()
+    half.skip.data.zero_()
+    x = torch.sin(torch.arange(2000) / 200)[None, None]
+    assert relative_error(half(x[..., ::2])[..., 50:], layer(x)[..., ::2][..., 50:]) <= 0.02
