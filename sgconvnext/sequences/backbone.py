@@ -81,6 +81,7 @@ class Backbone(nn.Module):
         causal: whether a token sees only itself and those before it.
         mlp_ratio, post_norm: as of `SequenceLayer`.
         attention_heads: of attention.
+        subsample: r, where only every r-th token is there, see `SGConv`; the longest sequence then has length / r.
         sgconv: further arguments of `SGConvMixer`: scale_dim, heads, glu, decay, ...
         kernel_size: taps of a local convolution.
         drop_rate: dropout in mixers and MLPs.
@@ -97,6 +98,7 @@ class Backbone(nn.Module):
         mlp_ratio: float = 0.0,
         post_norm: bool = False,
         attention_heads: int = 4,
+        subsample: int = 1,
         sgconv: dict[str, Any] | None = None,
         kernel_size: int = 7,
         drop_rate: float = 0.0,
@@ -106,10 +108,11 @@ class Backbone(nn.Module):
         letters = layers.replace(" ", "")
         if not letters or set(letters) - set(MIXERS):
             raise ValueError(f"layers={layers!r} must be letters of {', '.join(MIXERS)}, as in 'AAC AAC ACC'")
-        self.length, self.num_features, self.head_hidden_size, self.grad_checkpointing = length, dim, dim, False
+        self.length, self.grad_checkpointing = -(-length // subsample), False
+        self.num_features = self.head_hidden_size = dim
         mixing = {
             "A": {"heads": attention_heads, "causal": causal},
-            "C": {"length": length, "bidirectional": not causal} | (sgconv or {}),
+            "C": {"length": length, "bidirectional": not causal, "subsample": subsample} | (sgconv or {}),
             "L": {"kernel_size": kernel_size, "causal": causal},
         }
         rates = calculate_drop_path_rates(drop_path_rate, len(letters))

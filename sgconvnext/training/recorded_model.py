@@ -14,6 +14,7 @@ from torch import nn
 UNCOMPARED = {
     *("backend", "ls_init_value", "init_values", "head_init_scale", "weight_init", "fused_attn", "output_stride"),
     *("drop_rate", "drop_path_rate", "drop_block_rate", "img_size", "num_classes", "in_chans", "depths", "dims"),
+    "subsample",  # for the same signals at another rate
     *("num_scales", "bidirectional", "depth", "embed_dim", "patch_size", "device", "dtype"),
     *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
 }

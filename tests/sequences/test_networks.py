@@ -144,6 +144,18 @@ def test_weights_are_drawn_again_after_a_build_without_memory() -> None:
     assert float(model.embed.weight.detach().std()) == pytest.approx(0.02, rel=0.3)
 
 
+def test_classifier_takes_signals_at_half_the_rate() -> None:
+    model = lively(SequenceClassifier(in_chans=1, length=400, dim=8, layers="CC", num_classes=3))
+    half = SequenceClassifier(in_chans=1, length=400, dim=8, layers="CC", num_classes=3, subsample=2).eval()
+    half.load_state_dict(model.state_dict())
+    x = torch.sin(torch.arange(400) / 60)[None, None]
+    with torch.no_grad():
+        want, plain = model(x), model(x[..., ::2])
+        assert relative_error(half(x[..., ::2]), want) < 0.5 * relative_error(plain, want)
+    with refused("201 tokens", "length=200"):
+        half(torch.zeros(1, 1, 201))
+
+
 def test_glu_and_heads_reach_the_mixer() -> None:
     model = LanguageModel(layers="C", **(LM | {"sgconv": {"glu": True, "heads": 2, "scale_dim": 4}}))
     mixer: Any = model.layers[0]
