@@ -46,7 +46,7 @@ class Bends:
         num_direct, self.lags = _structure(layer)
         by_head = (layer.heads, layer.channels)
         taps = layer.built_taps().detach()[:, :num_direct]
-        self.near = taps.unflatten(0, by_head).permute(2, 0, 1).flip(0)
+        self.near = taps.unflatten(0, by_head).permute(2, 0, 1).contiguous().flip(0)
         if not len(self.lags):
             return
         # in float64, for a bend is the small difference of its neighbours
