@@ -8,6 +8,7 @@
     python -m sgconvnext.profile scaling convnext_tiny sgconvnext_tiny
     python -m sgconvnext.profile tiles
     python -m sgconvnext.profile signals --length 1024 16384
+    python -m sgconvnext.profile generation --past 1024 16384
 
 A model is timm's name, with arguments after commas: sgconvnext_tiny,backend=fft,num_scales=4
 
@@ -32,7 +33,7 @@ import sgconvnext  # noqa: F401  registers the models with timm
 from .. import console, figure
 from ..errors import is_out_of_memory
 from ..tuning import BlockChoice, Choice, Tuning
-from . import flops, ops, plot, race, scaling, signals, throughput, tiles, tune
+from . import flops, generation, ops, plot, race, scaling, signals, throughput, tiles, tune
 from .session import Session
 from .table import STYLES, Table, environment, render
 from .workload import DTYPES, EAGER, WAYS, Workload, network
@@ -144,6 +145,12 @@ def run_signals(args: argparse.Namespace, session: Session) -> list[Table]:
     return [signals.table(works, args.longest_attention, session)]
 
 
+def run_generation(args: argparse.Namespace, session: Session) -> list[Table]:
+    how = {"dim": args.dim, "longest_prefill": args.longest_prefill, "device": args.device}
+    names = generation.names(args.layers, args.depth, args.dim)
+    return [generation.table(generation.works(args.past, args.batch, **how), names, session)]
+
+
 def shapes(args: argparse.Namespace) -> list[ops.Shape]:
     """Of the layers of the models and of --shape, or else the usual ones."""
     named = args.shape or ([] if args.models else ops.DEFAULT_SHAPES)
@@ -207,6 +214,7 @@ def parse_args() -> argparse.Namespace:
         ("scaling", _scaling, "measure how speed and memory of models change with the resolution"),
         ("tiles", _tiles, "time the tiles of the Triton programs on a GPU, to choose the fastest"),
         ("signals", _signals, "time the layer for signals beside attention and a convolution by torch's FFT"),
+        ("generation", _generation, "time a token of language models of SGConv and of attention after a long past"),
     ):
         add(commands.add_parser(name, help=text, description=text))
     return parser.parse_args()
@@ -296,6 +304,23 @@ def _signals(sub: Parser) -> None:
     sub.set_defaults(measure=run_signals, channels_last=False)
 
 
+def _generation(sub: Parser) -> None:
+    pasts = [1024, 4096, 16384, 65536]
+    text = f"tokens before the one that is timed ({' '.join(map(str, pasts))})"
+    sub.add_argument("--past", type=console.count, nargs="+", default=pasts, metavar="T", help=text)
+    text = "networks: C SGConv, A attention; one letter for all layers, or a letter for each, as in AAC (C A)"
+    sub.add_argument("--layers", nargs="+", default=["C", "A"], metavar="LETTERS", help=text)
+    text = "layers of a network that is given by one letter (4)"
+    sub.add_argument("--depth", type=console.count, default=4, metavar="N", help=text)
+    sub.add_argument("--dim", type=console.count, default=256, metavar="C", help="channels of the networks (256)")
+    text = f"the longest past that attention reads; of a longer one it has random keys and values ({2**14})"
+    sub.add_argument("--longest-prefill", type=console.count, default=2**14, metavar="T", help=text)
+    _add_batches(sub, [1])
+    _add_device(sub)
+    _add_clock(sub, rounds=5, round_seconds=0.5)
+    sub.set_defaults(measure=run_generation, mode=["inference"], dtype="fp32", channels_last=False)
+
+
 def _add_models(sub: Parser) -> None:
     sub.add_argument("models", nargs="+", metavar="MODEL", help="timm's name, with arguments after commas")
 
@@ -332,6 +357,10 @@ def _add_machine(sub: Parser, modes: list[str]) -> None:
     text = f"inference: forward; training: also backward and, for models, the optimiser's step ({' '.join(modes)})"
     sub.add_argument("--mode", nargs="+", choices=("inference", "training"), default=modes, help=text)
     sub.add_argument("--dtype", choices=DTYPES, default="fp32", help="half precision is by autocast (fp32)")
+    _add_device(sub)
+
+
+def _add_device(sub: Parser) -> None:
     sub.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is a GPU (auto)"
     )
