@@ -123,7 +123,7 @@ class KernelGenerator(nn.Module):
             weight = _whole(self.weight)
             length = self.length if self.options.norm_over == "used" else weight.shape[3] * 2 ** (weight.shape[1] - 1)
             chunks = [
-                multiscale_kernel(_full(weight[:, :, a:b]), length, self.options_of(a, b), self._exponents(a, b))
+                multiscale_kernel(in_full(weight[:, :, a:b]), length, self.options_of(a, b), self._exponents(a, b))
                 for a, b in self.chunks()
             ]
             return torch.cat([l2_norm(chunk) for chunk in chunks], dim=1)
@@ -151,7 +151,7 @@ class KernelGenerator(nn.Module):
         self, weight: Tensor, norm: Tensor, options: KernelOptions, exponent: Tensor | None = None
     ) -> Tensor:
         """The kernels (directions, h C, L) of a weight, or of a chunk of its channels, in float32 or float64."""
-        kernel = multiscale_kernel(_full(weight), self.length, options, exponent) / norm
+        kernel = multiscale_kernel(in_full(weight), self.length, options, exponent) / norm
         return kernel if self.heads == 1 else kernel.reshape(2 if self.bidirectional else 1, -1, self.length)
 
     def kernel(self) -> Tensor:
@@ -238,7 +238,7 @@ class KernelGenerator(nn.Module):
         )
 
 
-def _full(weight: Tensor) -> Tensor:
+def in_full(weight: Tensor) -> Tensor:
     """In float32 or float64: parameters in half precision make float32 taps. Nothing here is on autocast's list."""
     return weight if weight.dtype == torch.float64 else weight.float()
 

@@ -182,7 +182,7 @@ def _upsample(scale: Tensor, size: int, how: str) -> Tensor:
 
 
 def l2_norm(kernel: Tensor) -> Tensor:
-    """Z of Eq. 1: the L2 norm (directions, C, 1) of each kernel (directions, C, L) as it is used, after truncation."""
+    """Z of Eq. 1: the L2 norm (directions, C, 1) of each kernel (directions, C, L)."""
     return torch.linalg.vector_norm(kernel.contiguous(), dim=-1, keepdim=True)
 
 

@@ -119,7 +119,10 @@ def read(model: Any, work: Generation, whole: bool) -> tuple[States, float | Non
     if whole:
         return states, time.perf_counter() - start
     for state in states.layers:
-        new = [part.new_empty(work.batch, work.past - 1, *part.shape[2:]).normal_() for part in state.parts]
+        new = [
+            part.new_empty(work.batch, *part.shape[1:-2], work.past - 1, part.shape[-1]).normal_()
+            for part in state.parts
+        ]
         if isinstance(state, ConvState):
             state.take(new[0])  # with its sums
         else:

@@ -71,16 +71,21 @@ class Attention(nn.Module):
             raise ValueError("attention that sees the future cannot generate; build it with causal=True")
         state = Cache(self, x.shape[0], x.device, None) if state is None else state
         state.check(self, x)
+        with state.kept_on_failure():
+            return self._attend(x, state), state
+
+    def _attend(self, x: Tensor, state: Cache) -> Tensor:
+        """The outputs of a chunk, which the state takes up."""
         past = state.count
         positions = past + torch.arange(x.shape[1], device=x.device) - state.first[:, None]
         query, key, value = self._heads(x, positions[:, None])
-        state.append(key.transpose(1, 2), value.transpose(1, 2))
-        keys, values = (part.transpose(1, 2) for part in state.seen())
+        state.append(key, value)
+        keys, values = state.seen()
         token = torch.arange(state.count, device=x.device)
         mask = token <= token[past:, None]  # (T, all)
         if state.first.any():
             mask = mask & (token >= state.first[:, None])[:, None, None]
-        return self._merge(F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)), state
+        return self._merge(F.scaled_dot_product_attention(query, keys, values, attn_mask=mask))
 
     def _heads(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, heads, L, d) of tokens at positions (L), or (B, 1, L)."""

@@ -105,9 +105,20 @@ class Backbone(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        letters = layers.replace(" ", "")
+        letters = layers.replace(" ", "") if isinstance(layers, str) else ""
         if not letters or set(letters) - set(MIXERS):
             raise ValueError(f"layers={layers!r} must be letters of {', '.join(MIXERS)}, as in 'AAC AAC ACC'")
+        for name, value, right in (
+            ("length", length, length >= 1),
+            ("subsample", subsample, subsample >= 1),
+            ("mlp_ratio", mlp_ratio, mlp_ratio >= 0),
+            ("drop_rate", drop_rate, 0 <= drop_rate < 1),
+            ("drop_path_rate", drop_path_rate, 0 <= drop_path_rate < 1),
+        ):
+            if not right:
+                raise ValueError(f"{name}={value} is out of range: lengths begin at 1, ratios at 0, rates end below 1")
+        if taken := {"length", "bidirectional", "subsample", "dropout", "channels_last"} & set(sgconv or {}):
+            raise ValueError(f"sgconv takes no {min(taken)!r}, which follows from the network; leave it out")
         self.length, self.grad_checkpointing = -(-length // subsample), False
         self.num_features = self.head_hidden_size = dim
         mixing = {

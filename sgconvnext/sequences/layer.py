@@ -107,10 +107,7 @@ class SGConv(KernelGenerator):
         """
         if isinstance(x, fx.Proxy):
             return record_whole(self, x, return_kernel=return_kernel)
-        if self.channels_last and x.ndim == 3:  # another rank is refused below
-            x = x.mT
-        check_input(x, self.channels, "B, C, L")
-        x = of_one_size(x)
+        x = of_one_size(self._signal(x))
         length = self.reach(int(x.shape[-1]) if torch.jit.is_tracing() else x.shape[-1])
         kernel = self.kernel()[..., :length] if return_kernel else None
         y = self._mix(x, kernel)
@@ -166,10 +163,11 @@ class SGConv(KernelGenerator):
 
         Args:
             x: the newest input (B, C).
-            state: of every input before it, as the last call returned it; None at the start. It is changed in place.
+            state: of every input before it, as the last call returned it; None at the start. It is changed in place,
+                and copied by ``state[:]``. The parameters have to stay as they are while it is in use.
 
         Returns:
-            y (B, h C), equal to the last position of forward, and the state.
+            y (B, h C), equal to the last position of forward up to rounding in float32, and the state.
 
         Raises:
             ValueError: the layer is bidirectional, x is not (B, C), the state is of another batch or layer, or its
@@ -191,9 +189,7 @@ class SGConv(KernelGenerator):
         Returns:
             y, as in forward, and the state, with which `step` or another chunk goes on.
         """
-        x = x.mT if self.channels_last and x.ndim == 3 else x
-        check_input(x, self.channels, "B, C, L")
-        y, state = Generator(self).prefill(x, state)
+        y, state = Generator(self).prefill(self._signal(x), state)
         return y.mT if self.channels_last else y, state
 
     def multiscale(
@@ -214,6 +210,16 @@ class SGConv(KernelGenerator):
     def longest(self) -> int:
         """Tokens of the longest signal."""
         return -(-self.length // self.subsample)
+
+    def _signal(self, x: Tensor) -> Tensor:
+        """An input as (B, C, T)."""
+        if not self.channels_last:
+            check_input(x, self.channels, "B, C, L")
+            return x
+        if x.ndim != 3 or x.shape[2] != self.channels:
+            raise ValueError(f"x is {tuple(x.shape)}; this layer takes (B, L, C) with C={self.channels}")
+        check_input(x.mT, self.channels, "B, C, L")
+        return x.mT
 
     def is_built_for(self, size: tuple[int, ...]) -> bool:
         """Whether signals of that length are the longest."""

@@ -1,10 +1,11 @@
 """Networks for sequences: a classifier and a causal language model, of SGConv and attention in any order.
 
-timm creates them by name: `sequence_classifier` and `sequence_lm`. `sequence_backbone` says what their layers are.
+timm creates them by name: `sequence_classifier` and `sequence_lm`. `backbone` says what their layers are.
 
 Letters: B batch, L tokens, C channels, V vocabulary.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from .backbone import Backbone
+
+COLDEST = 1e-3  # temperature; below it logits could become infinite
 
 
 class SequenceClassifier(Backbone):
@@ -44,10 +47,10 @@ class SequenceClassifier(Backbone):
         dim: int = 128,
         **others: Any,
     ) -> None:
-        super().__init__(length, layers, dim, **({"causal": False} | others))
+        super().__init__(length, layers, dim, causal=False, **others)
         if vocabulary is None:
             vocabulary = 0 if in_chans else 256
-        if (vocabulary > 0) == (in_chans > 0):
+        if min(vocabulary, in_chans) != 0 or max(vocabulary, in_chans) < 1:
             raise ValueError(
                 f"vocabulary={vocabulary} and in_chans={in_chans}: give one of them, of tokens or of signals"
             )
@@ -59,17 +62,22 @@ class SequenceClassifier(Backbone):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of tokens (B, L) or signals (B, in_chans, L)."""
-        return self.forward_head(self.forward_features(x), seen=self._seen(x))
+        return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, L, C) of tokens (B, L) or signals (B, in_chans, L)."""
+        """(B, L, C) of tokens (B, L) or signals (B, in_chans, L); at a pad_token, the mean of the other tokens."""
         self._check(x)
-        return self.mix(self.embed(x if self.vocabulary else x.mT), self._seen(x))
+        seen = None if self.pad_token is None else x != self.pad_token
+        features = self.mix(self.embed(x if self.vocabulary else x.mT), seen)
+        if seen is None:
+            return features
+        there = seen[..., None]
+        mean = (features.float() * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)
+        return torch.where(there, features, mean.to(features.dtype))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False, seen: Tensor | None = None) -> Tensor:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The mean over the tokens of features (B, L, C), and its logits unless pre_logits."""
-        kept = torch.ones_like(x[..., :1]) if seen is None else seen[..., None].to(x.dtype)
-        x = (x * kept).sum(1) / kept.sum(1).clamp(min=1)
+        x = x.float().mean(1).to(x.dtype) if x.dtype != torch.float64 else x.mean(1)
         return x if pre_logits else self.head(x)
 
     def get_classifier(self) -> nn.Module:
@@ -81,18 +89,23 @@ class SequenceClassifier(Backbone):
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool={global_pool!r}: a sequence is pooled by its mean, 'avg'")
         self.num_classes = num_classes
-        device = self.embed.weight.device
-        self.head = nn.Linear(self.num_features, num_classes, device=device) if num_classes else nn.Identity()
-
-    def _seen(self, x: Tensor) -> Tensor | None:
-        """Which tokens are there (B, L); None where all are."""
-        return None if self.pad_token is None else x != self.pad_token
+        like: Any = {"device": self.embed.weight.device, "dtype": self.embed.weight.dtype}
+        self.head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
 
     def _check(self, x: Tensor) -> None:
-        if self.vocabulary and (x.ndim != 2 or x.is_floating_point()):
-            raise ValueError(f"x is {tuple(x.shape)} {x.dtype}; this network takes tokens (B, L), whole numbers")
-        if not self.vocabulary and (x.ndim != 3 or x.shape[1] != self.in_chans):
-            raise ValueError(f"x is {tuple(x.shape)}; this network takes signals (B, {self.in_chans}, L)")
+        if self.vocabulary:
+            _check_tokens(x, "B, L")
+        elif x.ndim != 3 or x.shape[1] != self.in_chans or x.shape[2] == 0:
+            raise ValueError(
+                f"x is {tuple(x.shape)}; this network takes signals (B, {self.in_chans}, L), L at least 1"
+            )
+
+
+def _check_tokens(tokens: Tensor, layout: str) -> None:
+    right = tokens.ndim == len(layout.split(", ")) and tokens.dtype in (torch.int64, torch.int32)
+    if not right or 0 in tokens.shape[1:]:
+        told = f"tokens are {tuple(tokens.shape)} {tokens.dtype}"
+        raise ValueError(f"{told}; this network takes ({layout}) of int64 or int32, at least one each")
 
 
 class LanguageModel(Backbone):
@@ -109,14 +122,16 @@ class LanguageModel(Backbone):
     def __init__(
         self, num_classes: int = 256, *, length: int = 1024, layers: str = "CCCC", dim: int = 256, **others: Any
     ) -> None:
-        super().__init__(length, layers, dim, **({"causal": True, "mlp_ratio": 4.0} | others))
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes} must be at least 1: it is the vocabulary")
+        super().__init__(length, layers, dim, causal=True, **({"mlp_ratio": 4.0} | others))
         self.num_classes = num_classes
         self.embed = nn.Embedding(num_classes, dim)
         self.init_weights()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, V) of tokens (B, L)."""
-        self._check(tokens, "B, L")
+        _check_tokens(tokens, "B, L")
         return self._logits(self.mix(self.embed(tokens)))
 
     def step(self, tokens: Tensor, states: "States | None" = None) -> tuple[Tensor, "States"]:
@@ -124,14 +139,15 @@ class LanguageModel(Backbone):
 
         Args:
             tokens: the newest ones (B).
-            states: of all layers, as the last call returned them; they are changed in place. None at the start.
+            states: of all layers, as the last call returned them; they are changed in place. None at the start. The
+                weights have to stay as they are.
         """
-        self._check(tokens, "B")
+        _check_tokens(tokens, "B")
         return self._generate("step", self.embed(tokens), states)
 
     def prefill(self, tokens: Tensor, states: "States | None" = None) -> tuple[Tensor, "States"]:
         """Logits (B, V) after the last of a chunk of tokens (B, T), which follows those of the states."""
-        self._check(tokens, "B, L")
+        _check_tokens(tokens, "B, L")
         logits, states = self._generate("prefill", self.embed(tokens), states, last=True)
         return logits, states
 
@@ -140,11 +156,18 @@ class LanguageModel(Backbone):
         before = states if states is not None else States([None] * len(self.layers))
         if before.layers[0] is not None and before.layers[0].count + (x.shape[1] if last else 1) > self.length:
             raise ValueError(f"the state has {before.layers[0].count} of length={self.length} tokens; no more fit")
+        counts = [0 if state is None else state.count for state in before.layers]
         after = []
         layer: Any
-        for layer, state in zip(self.layers, before.layers, strict=True):
-            x, state = layer.generate(how, x, state)
-            after.append(state)
+        try:
+            for layer, state in zip(self.layers, before.layers, strict=True):
+                x, state = layer.generate(how, x, state)
+                after.append(state)
+        except BaseException:  # out of memory, Ctrl-C: another try finds the states as they were
+            for state, count in zip(before.layers, counts, strict=True):
+                if state is not None:
+                    state.count = count
+            raise
         return self._logits(self.norm(x[:, -1] if last else x)), States(after)
 
     @torch.no_grad()
@@ -157,10 +180,15 @@ class LanguageModel(Backbone):
             temperature: divides the logits; 0 takes the most likely token.
             chunk: tokens of the prompt that are read at a time.
         """
-        if prompt.shape[-1] == 0 or prompt.shape[-1] + num > self.length:
-            raise ValueError(f"{prompt.shape[-1]} + {num} tokens: use 1 to {self.length} in all (length)")
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature} must be at least 0")
+        _check_tokens(prompt, "B, L")
+        if num < 0 or chunk < 1 or prompt.shape[1] + num > self.length:
+            raise ValueError(
+                f"{prompt.shape[1]} + {num} tokens, chunk={chunk}: use at most {self.length} in all, chunks from 1 on"
+            )
+        if not (temperature == 0 or COLDEST <= temperature < math.inf):
+            raise ValueError(f"temperature={temperature} must be 0, or a number from {COLDEST} on")
+        if self.training:
+            raise ValueError("dropout is on: call eval() before generate()")
         states: States | None = None
         found: list[Tensor] = []
         for part in prompt.split(chunk, dim=1):
@@ -176,10 +204,6 @@ class LanguageModel(Backbone):
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.embed.weight)
-
-    def _check(self, tokens: Tensor, layout: str) -> None:
-        if tokens.ndim != len(layout.split(", ")) or tokens.is_floating_point():
-            raise ValueError(f"tokens are {tuple(tokens.shape)} {tokens.dtype}; this takes ({layout}), whole numbers")
 
 
 class States:

@@ -86,6 +86,8 @@ def _check(state: Mapping[str, Tensor]) -> None:
     for part, option in UNKNOWN.items():
         if found := [key for key in state if part in key]:
             raise ValueError(f"{found[0]!r} is of {option}, which this layer does not have")
+    if "decay" in state and not bool((state["multiplier"] == 1).all()):
+        raise ValueError("it has both a decay by position and a multiplier; a released layer has one of them")
     if missing := [key for key in ("D", "multiplier", "kernel_norm", "kernel_list.0") if key not in state]:
         raise ValueError(f"{missing[0]!r} is missing: this is no state dict of a released GConv; cut off its prefix")
     if not state.get("kernel_norm_initialized", torch.tensor(True)):
@@ -100,6 +102,6 @@ def _alphas(growth: Tensor) -> tuple[float, float]:
     """alpha of the first and the last channel, between which theirs is even in 1/alpha, as ours."""
     first, last = float(growth[0]), float(growth[-1])
     even = torch.linspace(first, last, len(growth), dtype=growth.dtype)
-    if not torch.allclose(growth, even, rtol=1e-5) or not all(math.isfinite(m) and m > 0 for m in (first, last)):
+    if not torch.allclose(growth, even, rtol=1e-2) or not all(math.isfinite(m) and m > 0 for m in (first, last)):
         raise ValueError("its multiplier is not spread evenly over the channels; this layer's alpha is")
     return 1 / first, 1 / last

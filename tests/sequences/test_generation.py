@@ -1,5 +1,6 @@
 """SGConv token by token: equal to forward, in few reads, for batches that grow and shrink."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ from helpers import refused, relative_error
 from torch import Tensor
 
 from sgconvnext import SGConv
+from sgconvnext.models import generator
+from sgconvnext.sequences import generation
 from sgconvnext.sequences.cache import ROOM
 from sgconvnext.sequences.generation import Bends, ConvState
 
@@ -136,6 +139,52 @@ def test_generation_refuses_what_it_cannot_do() -> None:
     for how in ("step", "prefill"):
         with refused("bidirectional", "future"):
             getattr(SGConv(3, 20, bidirectional=True), how)(x if how == "step" else x[..., None])
+
+
+def test_failed_chunk_leaves_the_state_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = SGConv(3, 50), torch.randn(2, 3, 30)
+    _, state = layer.prefill(x[..., :10])
+    with monkeypatch.context() as patched:
+        patched.setattr(generation, "long_conv", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            layer.prefill(x[..., 10:], state)
+    with torch.no_grad():
+        want = layer(x)
+    assert relative_error(layer.prefill(x[..., 10:], state)[0], want[..., 10:]) <= 2e-6
+
+
+def test_state_is_copied_by_deepcopy_and_leaves_inference_mode() -> None:
+    layer, x = SGConv(2, 50), torch.randn(2, 2, 20)
+    with torch.inference_mode():
+        _, state = layer.prefill(x[..., :10])
+    branch = copy.deepcopy(state)
+    with torch.no_grad():
+        want = layer(x[..., :11])[..., -1]
+    for each in (branch, state):
+        assert relative_error(layer.step(x[..., 10], each)[0], want) <= 2e-6
+
+
+def test_states_that_do_not_belong_together_are_refused() -> None:
+    layer, x = SGConv(3, 300, scale_dim=4), torch.randn(2, 3)
+    _, state = layer.step(x)
+    with refused("torch.float64", "torch.float32"):
+        layer.step(x.double(), state)
+    with refused("one dimension", "state[[0]]"):
+        state[torch.tensor(0)]
+    with refused("Tensor", "step() or prefill()"):
+        layer.step(x, x[..., None])  # type: ignore[arg-type]
+    layer.reparameterize()
+    with refused("stays as it is"):
+        state.join(layer.step(x)[1])
+
+
+def test_first_step_makes_no_taps_of_all_channels_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = SGConv(5, 400, scale_dim=4)
+    whole = Bends(layer)
+    monkeypatch.setattr(generator, "TAPS_BYTES", 0)
+    monkeypatch.setattr(generator, "CHUNK_BYTES", 2 * 4 * 400)
+    assert len(layer.chunks()) == 3
+    assert relative_error(Bends(layer).changes, whole.changes) <= 1e-12
 
 
 def test_channels_last_is_taken_in_chunks() -> None:

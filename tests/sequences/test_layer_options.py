@@ -37,7 +37,7 @@ def test_tokens_before_channels_is_the_transpose() -> None:
     last.load_state_dict(first.state_dict())
     x = torch.randn(2, 3, 40)
     assert torch.equal(last(x.mT), first(x).mT)
-    with refused("(B, C, L)", "C=3"):
+    with refused("(2, 3, 40)", "(B, L, C)", "C=3"):
         last(x)
 
 

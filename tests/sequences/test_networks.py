@@ -32,6 +32,37 @@ def lively(model: Any) -> Any:
     return model.eval()
 
 
+def test_features_and_head_make_the_logits_of_padded_tokens_too() -> None:
+    model = lively(SequenceClassifier(layers="CA", **CLASSIFIER))
+    tokens = torch.randint(1, 9, (3, 40))
+    tokens[0, 20:] = 0
+    with torch.no_grad():
+        features = model.forward_features(tokens)
+        assert relative_error(model.forward_head(features), model(tokens)) <= 1e-6
+        assert relative_error(features[0, 20:], features[0, :20].mean(0).expand(20, -1)) <= 1e-6
+
+
+def test_pooling_in_half_precision_counts_in_full() -> None:
+    model = SequenceClassifier(in_chans=1, length=70000, dim=8, layers="L").half()
+    pooled = model.forward_head(torch.full((1, 66000, 8), 0.5, dtype=torch.float16), pre_logits=True)
+    assert relative_error(pooled, torch.full((1, 8), 0.5)) <= 1e-3
+
+
+def test_failed_step_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lively(LanguageModel(layers="CAC", **LM))
+    tokens = torch.randint(0, 11, (2, 20))
+    _, states = model.prefill(tokens[:, :10])
+    with monkeypatch.context() as patched:
+        patched.setattr(model.layers[2].mixer, "_project", lambda y: 1 / 0)
+        for how, more in (("step", tokens[:, 10]), ("prefill", tokens[:, 10:15])):
+            with pytest.raises(ZeroDivisionError):
+                getattr(model, how)(more, states)
+    assert [state.count for state in states.layers] == [10, 10, 10]
+    with torch.no_grad():
+        want = model(tokens)
+    assert relative_error(model.step(tokens[:, 10], states)[0], want[:, 10]) <= 5e-6
+
+
 @pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize("layers", ["C", "A", "L", "CAL"])
 def test_classifier_does_not_see_what_fills_a_sequence_up(layers: str, post_norm: bool) -> None:
@@ -200,6 +231,14 @@ def test_attention_is_softmax_of_turned_products() -> None:
             ("temperature",),
         ),
         (lambda: LanguageModel(layers="L", **LM).step(torch.ones(1, dtype=torch.long)), ("letters A and C",)),
+        (lambda: LanguageModel(**(LM | {"sgconv": {"bidirectional": True}})), ("'bidirectional'", "leave it out")),
+        (lambda: LanguageModel(0), ("num_classes=0", "vocabulary")),
+        (lambda: LanguageModel(drop_path_rate=1.5), ("drop_path_rate=1.5",)),
+        (lambda: LanguageModel(length=0), ("length=0",)),
+        (lambda: LanguageModel(**LM)(torch.ones(2, 4, dtype=torch.bool)), ("torch.bool", "int64")),
+        (lambda: LanguageModel(**LM)(torch.ones(2, 0, dtype=torch.long)), ("(2, 0)",)),
+        (lambda: LanguageModel(**LM).generate(torch.ones(1, 5, dtype=torch.long), 1), ("eval()",)),
+        (lambda: LanguageModel(**LM).generate(torch.ones(1, 5, dtype=torch.long), -1), ("-1 tokens",)),
         (lambda: Attention(8, 2).step(torch.zeros(1, 8)), ("causal=True",)),
     ],
 )

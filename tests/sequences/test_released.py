@@ -123,5 +123,7 @@ def test_state_dict_of_something_else_is_refused() -> None:
         from_released(state | {"kernel_norm_initialized": torch.tensor(False)})
     with refused("'norm.norm.m'", "ln=True"):
         from_released(state | {"norm.norm.m": torch.zeros(1)})
+    with refused("decay by position", "multiplier"):
+        from_released(released(learnable=True) | {"multiplier": torch.tensor(2.0)})
     with refused("multiplier", "evenly"):
         from_released(state | {"multiplier": torch.tensor([1.0, 1.0, 2.0, 2.0]).view(1, -1, 1)})
