@@ -41,6 +41,8 @@ for size in tiny large; do
     measure "training_$size.md" throughput "convnext_$size" "sgconvnext_$size" $race --mode training --batch 128
 done
 measure tiles.md tiles
+measure signals.md signals --dtype bf16
+part generation.md "$python" -m sgconvnext.profile generation --markdown
 part tune.txt "$python" -m sgconvnext.profile tune sgconvnext_tiny --dtype bf16 --channels-last --batch 128 \
     --save "$out/tuned.json"
 

@@ -42,10 +42,16 @@ def test_every_command_of_the_gpu_script_is_understood(tmp_path: Path, monkeypat
         elif call[0] != "-c":
             parse(call, monkeypatch)
     profiled = [call[2] for call in calls if call[:2] == ["-m", "sgconvnext.profile"]]
-    assert profiled == [*["ops", "throughput", "throughput"] * 2, "tiles", "tune"]
+    assert profiled == [*["ops", "throughput", "throughput"] * 2, "tiles", "signals", "generation", "tune"]
     assert [call[-1] for call in calls if call[0] == "train.py"][2] == "resume=auto"
     assert {path.name for path in (tmp_path / "tables").glob("*.md")} == {
-        f"{part}.md" for part in ("tiles", *(f"{kind}_{size}" for kind in KINDS for size in ("tiny", "large")))
+        f"{part}.md"
+        for part in (
+            "tiles",
+            "signals",
+            "generation",
+            *(f"{kind}_{size}" for kind in KINDS for size in ("tiny", "large")),
+        )
     }
 
 
