@@ -82,8 +82,8 @@ class _Padded:
         """Slices of the channels, and for each of them slices of the images, that are transformed at a time."""
         batch, channels, _ = self.shape
         limit = CPU_CHUNK_BYTES if self.memory.device.type == "cpu" else CHUNK_BYTES
-        # one signal per thread at least
-        signals = max(torch.get_num_threads(), limit // (self.n * self.memory.itemsize))
+        # a few signals per thread at least: for a million tokens MKL's roots of unity take as long as four transforms
+        signals = max(4 * torch.get_num_threads(), limit // (self.n * self.memory.itemsize))
         width = -(-channels // -(-channels // signals))  # channels of a chunk: all chunks but the last have as many
         images = max(1, signals // max(1, width))
         for first in range(0, channels, width):

@@ -3,17 +3,14 @@
 Letters: B batch, C channels, L tokens, h heads, N scales, d taps per scale.
 """
 
-import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, fx
-from torch.utils.checkpoint import checkpoint
 
 from ..longconv import long_conv
-from ..longconv.context import is_transformed
 from ..models.convolution import convolve
 from ..models.generator import KernelGenerator
 from ..models.inputs import check_input, of_one_size, record_whole
@@ -128,32 +125,17 @@ class SGConv(KernelGenerator):
         return x if self.heads == 1 else x.repeat(1, self.heads, 1)
 
     def _convolve_by_chunks(self, x: Tensor) -> Tensor:
-        """What forward does, a chunk of channels at a time. The taps are not kept: backward makes them again."""
+        """What forward does, a chunk of channels at a time, so that what makes their taps and spectra stays small."""
         chunks = self.chunks()
         skips = self.skip.unflatten(0, (self.heads, self.channels))
         done = []
         for (a, b), part in zip(chunks, x.split([b - a for a, b in chunks], dim=1), strict=True):
             exponent = None if self.exponent is None else self.exponent[a:b]
-            convolve = functools.partial(self._convolve_chunk, options=self.options_of(a, b))
-            if not is_transformed():  # a transform takes no hooks on saved tensors
-                convolve = functools.partial(checkpoint, convolve, use_reentrant=False)
-            norm = self.kernel_norm[:, a:b]
-            done.append(convolve(part, self.weight[:, :, a:b], skips[:, a:b].flatten(), norm, exponent))
+            options = self.options_of(a, b)
+            kernel = self.multiscale(self.weight[:, :, a:b], self.kernel_norm[:, a:b], options, exponent)
+            taps = lag_taps(kernel[..., : x.shape[-1]], skips[:, a:b].flatten())
+            done.append(long_conv(self.of_heads(part), taps, self.backend).unflatten(1, (self.heads, -1)))
         return torch.cat(done, dim=2).flatten(1, 2)
-
-    def _convolve_chunk(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        skip: Tensor,
-        norm: Tensor,
-        exponent: Tensor | None,
-        options: KernelOptions,
-    ) -> Tensor:
-        """(B, h, chunk of C, T)."""
-        kernel = self.multiscale(weight, norm, options, exponent)[..., : x.shape[-1]]
-        y = long_conv(self.of_heads(x), lag_taps(kernel, skip), self.backend)
-        return y.unflatten(1, (self.heads, -1))
 
     def step(self, x: Tensor, state: ConvState | None = None) -> tuple[Tensor, ConvState]:
         """One output of a causal layer from one input: generation token by token (section 3.2).
