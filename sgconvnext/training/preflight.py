@@ -208,10 +208,16 @@ def _forward_backward(t: Training, size: int, shape: tuple[int, int, int]) -> in
         except torch.OutOfMemoryError as error:
             name = torch.cuda.get_device_name(t.world.device)
             raise ValueError(too_much(t, f"{name}'s memory")) from error
-        except (RuntimeError, AssertionError, ValueError) as error:
+        except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            where = f"at data.img_size={t.config.data.img_size}"
+            if isinstance(t.images, Sequences):
+                where = f"on data.dataset={t.config.data.dataset}"
+            reason = one_line(error)
+            if isinstance(error, IndexError):
+                reason += "; are there more kinds of tokens than model.kwargs.vocabulary?"
             raise ValueError(
-                f"model.name={t.config.model.name!r} cannot train at data.img_size={t.config.data.img_size} with "
-                f"optim.batch_per_device={t.config.optim.batch_per_device}: {one_line(error)}"
+                f"model.name={t.config.model.name!r} cannot train {where} with "
+                f"optim.batch_per_device={t.config.optim.batch_per_device}: {reason}"
             ) from error
     return sum(kept.values())
 

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from helpers import refused
-from training_helpers import CONFIGS, alone, micro_config
+from training_helpers import CONFIGS, alone, micro_config, training
 
 from sgconvnext.errors import DataError
 from sgconvnext.models.kernel import KERNEL_DEFAULTS
@@ -167,7 +168,24 @@ def test_configuration_of_a_task_names_a_dataset_and_a_model_that_takes_it(path:
 
 
 def test_preflight_tells_the_kernels_of_a_network_for_sequences() -> None:
-    import timm
-
     model = timm.create_model("sequence_classifier", length=100, dim=8, layers="AC", attention_heads=2)
     assert preflight.kernels(model, 224) == ["kernels for 100 tokens in 2 directions, 2 scales of 64 taps"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"vocabulary": 5}, ("sequence/digits", "out of range", "model.kwargs.vocabulary")),
+        ({"length": 63}, ("sequence/digits", "64 tokens", "length=63")),
+    ],
+    ids=str,
+)
+def test_network_that_does_not_fit_the_tokens_is_told_before_the_first_update(
+    kwargs: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    small = {"length": 64, "dim": 8, "layers": "C"} | kwargs
+    chosen = config("digits", **{"model.name": "sequence_classifier", "model.kwargs": small})
+    dataset = data.create_split(chosen, True).dataset
+    model = timm.create_model("sequence_classifier", num_classes=10, **small)
+    with refused(*words):
+        preflight.rehearse(training(chosen, model, images=dataset), (3, 32, 32))
