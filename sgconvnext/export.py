@@ -121,17 +121,24 @@ def _network(source: str, ema: bool) -> tuple[nn.Module, tuple[int, int], str]:
     model: Any
     if os.path.exists(source) or (":" not in source and ("/" in source or source.endswith(SUFFIXES))):
         model, config = build.trained_model(checkpoint.load(source), ema, source)
+        _refuse_without_images(model, config.model.name)
         height, width = to_2tuple(config.data.img_size)
         return model, (height, width), ""
     if ema:
         raise ValueError(f"--use-ema is of a checkpoint, and {source!r} is no file: leave it out")
     pretrained = ":" in source or bool(split_model_name_tag(source)[1])
     model = build.from_timm(source, {"pretrained": pretrained}, "CHECKPOINT ")
+    _refuse_without_images(model, source)
     _, height, width = model.pretrained_cfg["input_size"]
     layer = next((module for module in model.modules() if isinstance(module, SGConv2d)), None)
     if layer is not None:  # what it is built for, which timm does not record
         height, width = (STEM_STRIDE * side for side in layer.input_size)
     return model, (height, width), "" if pretrained else "; its weights are random"
+
+
+def _refuse_without_images(model: Any, name: str) -> None:
+    if not hasattr(model, "pretrained_cfg"):
+        raise ValueError(f"{name} takes no images, and only networks of images are exported; pass its .pth file on")
 
 
 def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
@@ -155,6 +162,7 @@ def export_checkpoint(path: str, folder: str, ema: bool = False) -> str:
         )
     state = checkpoint.load(path)
     model, config = build.trained_model(state, ema, path)
+    _refuse_without_images(model, config.model.name)
     start = origin.of_checkpoint(state)
     arguments = {key: value for key, value in config.model.kwargs.items() if not key.startswith("pretrained_cfg")}
     metadata = start | {

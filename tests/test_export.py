@@ -359,3 +359,8 @@ def test_command_exports_and_refuses_in_one_line(
     error = capsys.readouterr().err
     assert error.startswith("sgconvnext.export: error: folder ")
     assert error.count("\n") == 1
+
+
+def test_network_without_images_is_refused() -> None:
+    with refused("sequence_lm", "no images"):
+        export._network("sequence_lm", ema=False)

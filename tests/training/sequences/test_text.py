@@ -113,10 +113,13 @@ def test_folders_that_are_no_text_are_refused(tmp_path: Path) -> None:
         ByteText(str(tmp_path), True, 8)
 
 
-ZIPPED = gzip.compress(b"text" * 99)
+ZIPPED = gzip.compress(b"text" * 99, mtime=0)
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", ZIPPED[:-9], ZIPPED[:10] + b"\xff" * 20])
+DAMAGED = {"empty": b"", "no gzip": b"no gzip", "cut off": ZIPPED[:-9], "overwritten": ZIPPED[:10] + b"\xff" * 20}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_file_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
     write(tmp_path, 5)
     (tmp_path / "bad.gz").write_bytes(content)
