@@ -23,6 +23,7 @@ from .recorded_model import recorded_model
 
 _logger = logging.getLogger(__name__)
 
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, RuntimeError, TypeError, ValueError)  # of arguments
 LOCAL = "local-dir:"  # timm's word before the path of a folder
 
 
@@ -111,7 +112,7 @@ def from_timm(name: str, arguments: dict[str, Any], place: str = "model ") -> nn
         raise ValueError(f"{place}{name!r} is no timm model" + (f"; did you mean {close[0]!r}?" if close else ""))
     try:
         model: nn.Module = timm.create_model(name, **arguments)
-    except (ArithmeticError, AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (*REFUSALS, LookupError, OSError) as error:
         raise ValueError(f"{place}{name!r} cannot be built: {one_line(error)}") from error
     return model
 

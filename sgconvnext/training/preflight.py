@@ -1,6 +1,7 @@
 """What a run will do and need, told before its first update; what cannot work is refused here, not after a day."""
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -200,7 +201,11 @@ def _forward_backward(t: Training, size: int, shape: tuple[int, int, int]) -> in
         zeros = torch.zeros(size, dtype=torch.int64)
         batch = Batch(torch.randn(size, *shape), zeros, zeros, zeros, [""] * size)
         if isinstance(t.images, Sequences):  # tokens cannot be noise
-            batch = collate([t.images[i % len(t.images)] for i in range(size)])
+            readable = (
+                sample for sample in map(t.images.__getitem__, range(len(t.images))) if sample.image is not None
+            )
+            found = list(itertools.islice(readable, size)) or [t.images[0]]
+            batch = collate([found[i % len(found)] for i in range(size)])
         try:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 loss = forward_loss(t, t.model.forward, batch)  # not compiled, to be quick

@@ -55,7 +55,10 @@ class RecordedModel(NamedTuple):
                 f"checkpoint {path!r} was trained as {self.name}, this model is {name}; "
                 f"use model.name={self.name}{other}"
             )
-        defaults = {key: each.default for key, each in inspect.signature(type(model).__init__).parameters.items()}
+        defaults: dict[str, Any] = {}
+        owner: Any
+        for owner in reversed(type(model).__mro__):  # a network may hand arguments on to what it is derived from
+            defaults |= {key: each.default for key, each in inspect.signature(owner.__init__).parameters.items()}
         defaults |= getattr(model, "kernel_defaults", {})
         uncompared = UNCOMPARED | {"global_pool"} if new_head else UNCOMPARED
         # entry points of timm's own models set arguments, which are not known here

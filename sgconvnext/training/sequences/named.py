@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ...errors import DataError
+from ...errors import DataError, one_line
 from ..config import Config, DataConfig
 from ..images import Sample, TellsFaults, unreadable
 from .listops import ListOps, LraListOps
@@ -17,6 +17,7 @@ from .speech import SC10, Speech
 from .text import ByteText, WikiText
 
 PREFIX = "sequence/"
+SPLIT = ("lra_listops", "lra_pathfinder", "wikitext", "speech")  # into files or lists that have names
 FURTHER = {  # arguments that an opener hands on as they are
     "listops": ("lengths", "depth", "arguments", "seed"),
     "pathfinder": ("size", "path_length", "distractors", "dash", "gap", "curvature", "seed"),
@@ -79,21 +80,31 @@ def open_sequences(config: Config, train: bool) -> tuple[Sequences, dict[str, in
     for key, value in (
         ("augment.mixup", config.augment.mixup),
         ("augment.cutmix", config.augment.cutmix),
+        ("augment.auto_augment", config.augment.auto_augment),
+        ("augment.reprob", config.augment.reprob),
+        ("augment.color_jitter", config.augment.color_jitter),
         ("model.channels_last", config.model.channels_last),
         ("run.tune", config.run.tune),
     ):
         if value:
             raise ValueError(f"{key}={value} is for images; leave it out with data.dataset={data.dataset}")
+    if name not in SPLIT and (data.train_split, data.val_split) != ("train", "val"):
+        raise ValueError(f"data.val_split={data.val_split!r}: {data.dataset} has the splits train and val alone")
     opener = OPENERS[name]
+    kwargs = {key: value for key, value in data.kwargs.items() if value is not None}  # null takes one back
     own = [key for key in inspect.signature(opener).parameters if key not in ("data", "train", "options")]
     known = [*own, *FURTHER.get(name, ())]
-    if unknown := sorted(set(data.kwargs) - set(known)):
+    if unknown := sorted(set(kwargs) - set(known)):
         takes = ", ".join(known)
         raise ValueError(f"data.kwargs has {unknown[0]!r}, which {data.dataset} does not take; it takes {takes}")
-    source = opener(data, train, **data.kwargs)
+    try:
+        source = opener(data, train, **kwargs)
+        len(source)  # fails for lengths that are no whole numbers
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"data.kwargs={kwargs} cannot be what {data.dataset} takes: {one_line(error)}") from error
     classes = getattr(source, "class_to_idx", None)
     number = None if classes else getattr(source, "num_classes", getattr(source, "vocabulary", None))
-    return Sequences(source, f"{name} {sorted(data.kwargs.items())}"), classes, number
+    return Sequences(source, f"{name} {sorted(kwargs.items())}"), classes, number
 
 
 def _split(data: DataConfig, train: bool, called: dict[str, str] | None = None) -> str:
@@ -146,6 +157,8 @@ def _wikitext(data: DataConfig, train: bool, length: int = 1024) -> WikiText:
 
 
 def _speech(data: DataConfig, train: bool, words: Any = SC10, rate: int = 16000) -> Speech:
+    if (isinstance(words, str) and words != "all") or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"data.kwargs.words={words!r} must be all, or a list of words ('yes' and 'no' in quotes)")
     return Speech(data.root, _split(data, train, SPEECH), None if words == "all" else words, rate)
 
 

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
 from ... import console
+from ...errors import DataError
 from .paths import RADIUS, THICKNESS, Geometry, layout
 from .streams import LARGEST, check_index, check_split, check_whole, stream
 
@@ -27,6 +28,7 @@ PROGRAM = "sgconvnext.training.sequences.pathfinder"
 CLASSES = {"different": 0, "same": 1}
 SPLITS = {"train": 0.8, "val": 0.9, "test": 1.0}  # where each ends in Long Range Arena's files, once shuffled
 
+TRIES = 3  # to draw a picture; near the limit of what fits one in a hundred fails
 SCALE = 4  # a pixel's side in pixels of the drawing that is reduced to the picture
 
 
@@ -112,13 +114,14 @@ class Pathfinder(Dataset[tuple[Image.Image, int]]):
         """What picture i shows, in either class.
 
         Raises:
-            ValueError: no room was found for the paths.
+            DataError: no room was found for the paths.
         """
         rng, turn = stream(self.seed, self.train, index), math.radians(self.curvature)
         field, gap = self.size / self.dash, self.gap / self.dash
-        found = layout(rng, field, gap, self.path_length, self.distractors, turn)
+        layouts = (layout(rng, field, gap, self.path_length, self.distractors, turn) for _ in range(TRIES))
+        found = next((each for each in layouts if each is not None), None)
         if found is None:
-            raise ValueError(
+            raise DataError(
                 f"no room for 2 paths of path_length={self.path_length} and distractors={self.distractors} in a "
                 f"picture of size={self.size} with dash={self.dash:g}, gap={self.gap:g} and "
                 f"curvature={self.curvature:g}: ask for fewer or shorter paths, shorter dashes or more curvature"

@@ -44,6 +44,8 @@ class Pixels(Dataset[tuple[Tensor, int]]):
     vocabulary: ClassVar[int] = 256
 
     def __init__(self, source: Labelled, tokens: bool = True) -> None:
+        if type(tokens) is not bool:
+            raise ValueError(f"tokens={tokens!r} must be True or False")
         self.source, self.tokens = source, tokens
         self.class_to_idx = getattr(source, "class_to_idx", None)
         self.targets = getattr(source, "targets", None)

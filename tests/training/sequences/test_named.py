@@ -14,6 +14,7 @@ from sgconvnext.models.kernel import KERNEL_DEFAULTS
 from sgconvnext.training import data, engine, preflight
 from sgconvnext.training.config import Config, load_config
 from sgconvnext.training.images import UNREADABLE, collate_readable
+from sgconvnext.training.recorded_model import RecordedModel
 from sgconvnext.training.sequences import named
 from sgconvnext.training.sequences.named import OPENERS, Sequences, open_sequences
 
@@ -145,6 +146,11 @@ def test_digest_tells_data_apart(tmp_path: Path) -> None:
         ({"augment.cutmix": 1.0}, ("augment.cutmix=1.0", "images")),
         ({"model.channels_last": True}, ("model.channels_last=True", "images")),
         ({"run.tune": True}, ("run.tune=True", "images")),
+        ({"augment.auto_augment": "rand-m9"}, ("augment.auto_augment", "images")),
+        ({"data.val_split": "test"}, ("data.val_split='test'", "train and val")),
+        ({"data.dataset": "sequence/digits", "data.kwargs": {"tokens": 3}}, ("tokens=3", "True or False")),
+        ({"data.dataset": "sequence/speech", "data.kwargs": {"words": "left"}}, ("words='left'", "list")),
+        ({"data.dataset": "sequence/speech", "data.kwargs": {"words": [True]}}, ("words=[True]", "quotes")),
         ({"data.dataset": "sequence/text", "data.root": "/nowhere"}, ("/nowhere",)),
         ({"data.dataset": "sequence/speech", "data.root": "/nowhere"}, ("/nowhere",)),
     ],
@@ -189,3 +195,39 @@ def test_network_that_does_not_fit_the_tokens_is_told_before_the_first_update(
     model = timm.create_model("sequence_classifier", num_classes=10, **small)
     with refused(*words):
         preflight.rehearse(training(chosen, model, images=dataset), (3, 32, 32))
+
+
+@pytest.mark.parametrize("kwargs", [{"length": "abc"}, {"length": 12.5}, {"separator": 5}], ids=str)
+def test_argument_of_another_type_is_told_in_one_line(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    with refused("data.kwargs", "sequence/text"):
+        open_sequences(config("text", **{"data.root": write_text(tmp_path), "data.kwargs": kwargs}), True)
+
+
+def test_null_takes_an_argument_back() -> None:
+    split = data.create_split(config("listops", **MADE, **{"data.kwargs": {"lengths": [5, 30], "seed": None}}), True)
+    assert split.dataset[0].image.shape == (30,)
+
+
+def test_rehearsal_passes_over_files_that_cannot_be_read() -> None:
+    class Source:
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            if index < 37:
+                raise DataError("damaged")
+            return torch.zeros(64, dtype=torch.int64), 3
+
+    small = {"length": 64, "dim": 8, "layers": "C"}
+    chosen = config("digits", **{"model.name": "sequence_classifier", "model.kwargs": small})
+    model = timm.create_model("sequence_classifier", num_classes=10, **small)
+    assert "GiB" in preflight.rehearse(training(chosen, model, images=Sequences(Source(), "")), (3, 32, 32))
+
+
+def test_defaults_of_a_network_for_sequences_may_be_stated() -> None:
+    small: dict[str, Any] = {"length": 64, "dim": 8, "layers": "C"}
+    model = timm.create_model("sequence_classifier", num_classes=10, **small)
+    before = RecordedModel("sequence_classifier", small, 224)
+    before.refuse_another(model, "sequence_classifier", small | {"post_norm": False, "attention_heads": 4}, "a.pth")
+    with refused("post_norm=True"):
+        before.refuse_another(model, "sequence_classifier", small | {"post_norm": True}, "a.pth")
