@@ -31,12 +31,13 @@ README = ROOT / "README.md"
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text() for path in [README, *sorted((ROOT / "docs").glob("*.md"))]
 }
-INTEGRATIONS = (
-    "docs/dense-prediction.md",
-    "docs/integrations.md",
-    "docs/quantisation.md",
-)  # need libraries of the extra of that name
-SCRIPTS = [f"docs/{name}.py" for name in ("segmentation", "quantisation", "exports")]
+MARKS = {
+    "docs/dense-prediction.md": pytest.mark.integrations,
+    "docs/integrations.md": pytest.mark.integrations,
+    "docs/quantisation.md": pytest.mark.integrations,
+    "docs/export.md": pytest.mark.end_to_end,
+}
+SCRIPTS = [f"docs/{name}.py" for name in ("compare", "segmentation", "quantisation", "exports")]
 NOT_RUN = {"text", "bibtex"}  # "text" holds equations, trees, and commands of older commits
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -72,11 +73,7 @@ def weights_of_the_hub(repository: str, **_: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, marks=pytest.mark.integrations if page in INTEGRATIONS else [])
-        for page in PAGES
-        if blocks(page, "python")
-    ],
+    [pytest.param(page, marks=MARKS.get(page, [])) for page in PAGES if blocks(page, "python")],
 )
 def test_python_of_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

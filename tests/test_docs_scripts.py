@@ -1,5 +1,6 @@
 """The scripts that make tables of docs/: their figures by hand, and a small run of each."""
 
+import json
 import logging
 import runpy
 import struct
@@ -102,6 +103,35 @@ def test_int8_keeps_nearly_all_classes_in_less_space(rows: Any, tmp_path: Path) 
         assert float(whole["same class as float32, %"]) == 100
         assert float(small["same class as float32, %"]) >= 75
         assert float(small["MiB"]) < 0.6 * float(whole["MiB"])
+
+
+def test_networks_are_compared_by_their_last_epochs(rows: Any, tmp_path: Path) -> None:
+    small = ["epochs=1", "optim.warmup_epochs=0", "model.kwargs.dim=16"]
+    network = "model.kwargs.layers=LL optim.lr=1e-3"
+    command = ["compare.py", "configs/sequences/digits.yaml", *small, "--networks", network, "--seeds", 0, 1]
+    [row] = rows(*command, "--out", tmp_path)
+    assert row["network"] == f"`{network}`"
+    runs = [tmp_path / f"model.kwargs.layers=LL_optim.lr=1e-3_seed={seed}" for seed in (0, 1)]
+    last = [json.loads((run / "metrics.jsonl").read_text()) for run in runs]
+    top1 = [metrics["val_top1"] for metrics in last]
+    assert [float(row["seed 0"]), float(row["seed 1"])] == pytest.approx(top1, abs=0.006)
+    assert float(row["mean top-1, %"]) == pytest.approx(sum(top1) / 2, abs=0.006)
+    assert float(row["samples/s"]) == pytest.approx(sum(metrics["images_per_s"] for metrics in last) / 2, rel=0.01)
+    weights = torch.load(runs[0] / "last.pth", weights_only=True)["state_dict"]
+    assert 500 < int(row["parameters"].replace(",", "")) <= sum(each.numel() for each in weights.values())
+    assert rows(*command, "--out", tmp_path) == [row]  # finished runs are read, not made again
+
+
+def test_a_network_that_does_not_train_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare.py", "configs/sequences/digits.yaml", "--networks", "model.kwargs.layers=Z"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        script("compare.py").main()
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith("train.py: error: ")
+    assert second.startswith("compare.py: error: model.kwargs.layers=Z: train.py configs/sequences/digits.yaml ")
 
 
 def test_export_is_beside_that_of_convnext(rows: Any) -> None:

@@ -1,6 +1,7 @@
 """What profile measures in processes of their own: the memory of a model, and what does not fit into it."""
 
 import csv
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 from helpers import refused
 from training_helpers import ROOT, environment
 
+from sgconvnext.profile import memory, signals
 from sgconvnext.profile.session import DoesNotFitError
+from sgconvnext.profile.signals import Signals
 from sgconvnext.profile.workload import Workload, peak_memory
 
 TINY = "sgconvnext_atto,depths=[1,1,1,1],dims=[8,16,24,32],num_classes=10"
@@ -28,6 +31,11 @@ def test_what_does_not_fit_and_what_cannot_run_are_told_apart() -> None:
         peak_memory(TINY, Workload(batch=10**8))
     with refused("convnext_atto, inference, 8 px, batch 1: ", "Kernel size"):
         peak_memory("convnext_atto", Workload(img_size=(8, 8)))
+
+
+def test_memory_of_a_signal_is_at_least_its_own() -> None:
+    work = Signals(2**17, channels=64)
+    assert memory.peak("SGConv", "cpu", functools.partial(signals.prepare, "SGConv", work)) > 2 * 64 * 2**17 * 4
 
 
 def test_command_measures_memory_in_processes_of_their_own(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from helpers import refused, relative_error
 from sgconvnext.longconv import reference
 from sgconvnext.profile import __main__ as main
 from sgconvnext.profile import memory, signals, timing
-from sgconvnext.profile.session import DoesNotFitError
 from sgconvnext.profile.signals import Signals
 
 
@@ -75,22 +74,3 @@ def test_layer_that_differs_is_told(run: Callable[..., Any], monkeypatch: pytest
 def test_channels_that_make_no_heads_are_refused() -> None:
     with refused("--channels 100", "multiple of 64"):
         signals.works([16], 100, [1], ["inference"])
-
-
-def test_memory_of_a_step_is_that_of_its_process() -> None:
-    small = memory.peak("small", "cpu", _small)
-    assert small < 2**26 < memory.peak("large", "cpu", _large)
-    with pytest.raises(DoesNotFitError, match="huge: out of memory"):
-        memory.peak("huge", "cpu", _huge)
-
-
-def _small() -> Any:
-    return lambda: torch.zeros(2**10)
-
-
-def _large() -> Any:
-    return lambda: torch.zeros(2**25)  # 128 MiB
-
-
-def _huge() -> Any:
-    return lambda: torch.zeros(2**50)

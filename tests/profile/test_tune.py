@@ -171,6 +171,7 @@ def test_exports_and_named_backends_do_not_look_at_choices() -> None:
     assert torch.jit.trace(Asks(), torch.ones(2, 4, 256))(torch.ones(2, 4, 256))[0, 0, 0] == 2
 
 
+@pytest.mark.end_to_end
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_network_takes_choices_and_any_batch(dft_is_fastest: None, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []

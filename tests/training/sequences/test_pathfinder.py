@@ -153,7 +153,8 @@ def test_classes_are_balanced_and_in_no_order() -> None:
         ({"seed": -1}, ["seed=-1"]),
     ],
 )
-def test_odd_arguments_are_refused(options: dict[str, Any], words: list[str]) -> None:
+def test_odd_arguments_are_refused(options: dict[str, Any], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pathfinder, "TRIES", 1)
     with refused(*words):
         Pathfinder(**({"train": True, "samples": 4} | options))
 
