@@ -252,3 +252,18 @@ def test_more_tokens_than_the_length_are_refused_in_generation() -> None:
     _, states = model.prefill(torch.ones(1, 60, dtype=torch.long))
     with refused("60", "length=60"):
         model.step(torch.ones(1, dtype=torch.long), states)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("name", ["sequence_classifier", "sequence_lm"])
+def test_network_is_compiled_and_exported(name: str) -> None:
+    options = CLASSIFIER if name == "sequence_classifier" else LM
+    model = lively(timm.create_model(name, **options, layers="CAL"))
+    tokens = torch.randint(1, 9, (2, 40))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    parameters = list(model.parameters())
+    found, want = (torch.autograd.grad(run(tokens).square().sum(), parameters) for run in (compiled, model))
+    assert all(relative_error(*pair) <= 1e-5 for pair in zip(found, want, strict=True) if pair[1].any())
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (tokens,), dynamic_shapes=({0: batch},))
+    assert relative_error(program.module()(tokens[:1]), model(tokens[:1])) <= 1e-6
