@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import re
+import runpy
 import shlex
 import sys
 import types
@@ -37,7 +38,7 @@ MARKS = {
     "docs/quantisation.md": pytest.mark.integrations,
     "docs/export.md": pytest.mark.end_to_end,
 }
-SCRIPTS = [f"docs/{name}.py" for name in ("compare", "segmentation", "quantisation", "exports")]
+SCRIPTS = [f"docs/{name}.py" for name in ("segmentation", "quantisation", "exports")]
 NOT_RUN = {"text", "bibtex"}  # "text" holds equations, trees, and commands of older commits
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -162,6 +163,13 @@ def parse_docs(script: str) -> Callable[..., None]:
     return parse
 
 
+def parse_compare(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    args = runpy.run_path(str(ROOT / "docs" / "compare.py"))["parse_args"]()
+    for network in args.networks:
+        parse_train([args.config, *args.knobs, *network.split()], monkeypatch)
+
+
 def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     program, *arguments = words
     if program in ("python", "srun", "bash"):
@@ -175,6 +183,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             "torchrun": parse_torchrun,
             "-m": parse_module,
             "pip": parse_pip,
+            "docs/compare.py": parse_compare,
             **{script: parse_docs(script) for script in SCRIPTS},
             "docs/gpu.sh": lambda arguments, _: None,  # tests/test_docs_scripts.py runs it
         }
