@@ -164,7 +164,7 @@ def train_update(t: Training, batches: Iterator[Batch], progress: Progress, lr: 
     progress.update += 1
     for batch in used:
         t.images.tell(batch)
-    check_readable(progress.unreadable, len(t.images), "training", t.config)
+    check_readable(progress.unreadable, len(t.images), f"training {t.images.noun}s", t.config)
 
 
 def _agree(t: Training, progress: Progress, own_loss: float, used: list[Batch]) -> bool:
@@ -259,7 +259,7 @@ def evaluate(
     total = len(loader.dataset)  # type: ignore[arg-type]
     if count + lost != total:
         raise RuntimeError(f"evaluation saw {count + lost:.0f} of {total} validation images")
-    check_readable(int(lost), total, "validation", config)
+    check_readable(int(lost), total, f"validation {loader.dataset.noun}s", config)  # type: ignore[attr-defined]
     means = {"top1": 100 * top1 / scored, "top5": 100 * top5 / scored, "loss": loss_sum / scored}
     return means | {"count": int(count), "unreadable": int(lost)}
 
@@ -276,10 +276,10 @@ def _until_stopped(batches: Iterable[Batch], world: World, stop: StopRequest) ->
             yield batch
 
 
-def check_readable(unreadable: int, images: int, split: str, config: Config) -> None:
+def check_readable(unreadable: int, samples: int, what: str, config: Config) -> None:
     """Refuse to go on where too large a share of a split cannot be read."""
-    if unreadable > config.data.max_unreadable * images:
+    if unreadable > config.data.max_unreadable * samples:
         raise TooManyUnreadableError(
-            f"{unreadable} of {images} {split} images cannot be read, more than data.max_unreadable="
+            f"{unreadable} of {samples} {what} cannot be read, more than data.max_unreadable="
             f"{config.data.max_unreadable}; repair them (the log names each), or raise it"
         )

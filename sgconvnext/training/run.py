@@ -167,8 +167,9 @@ class Run:
             bar.set_postfix(loss=f"{p.loss:.4f}", lr=f"{lr:.2e}", images_per_s=f"{rate:.0f}", left=left)
             return
         _logger.info(
-            "epoch %d update %d/%d loss %.6f lr %.3e norm %.3g %.0f images/s, %.0f%% data wait, %.2f GiB, left %s",
-            *(p.epoch, p.update, self.updates, p.loss, lr, p.grad_norm, rate, 100 * p.wait_s / seconds),
+            "epoch %d update %d/%d loss %.6f lr %.3e norm %.3g %.0f %ss/s, %.0f%% data wait, %.2f GiB, left %s",
+            *(p.epoch, p.update, self.updates, p.loss, lr, p.grad_norm),
+            *(rate, self.training.images.noun, 100 * p.wait_s / seconds),
             *(memory_gib(self.world.device), left),
         )
 
