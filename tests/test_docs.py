@@ -37,6 +37,7 @@ MARKS = {
     "docs/integrations.md": pytest.mark.integrations,
     "docs/quantisation.md": pytest.mark.integrations,
     "docs/export.md": pytest.mark.end_to_end,
+    "docs/layer.md": pytest.mark.end_to_end,
 }
 SCRIPTS = [f"docs/{name}.py" for name in ("segmentation", "quantisation", "exports")]
 NOT_RUN = {"text", "bibtex"}  # "text" holds equations, trees, and commands of older commits

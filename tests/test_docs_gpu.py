@@ -65,6 +65,7 @@ def test_part_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
     assert record.read_text().splitlines()[-1].startswith('["-c"')
 
 
+@pytest.mark.end_to_end
 def test_machine_without_a_gpu_is_told(tmp_path: Path) -> None:
     done, _ = run(tmp_path, cuda=False)
     assert done.returncode == 2

@@ -180,6 +180,7 @@ def test_drop_path_grows_linearly_over_the_blocks() -> None:
 # Registration
 
 
+@pytest.mark.end_to_end
 def test_import_is_all_it_takes_to_register() -> None:
     code = "import timm, sgconvnext; print(type(timm.create_model('sgconvnext_atto', img_size=32)).__name__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
