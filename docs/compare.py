@@ -3,13 +3,15 @@
     python docs/compare.py configs/sequences/digits.yaml \
         --networks model.kwargs.layers=CCCC model.kwargs.layers=AAAA --seeds 0 1 2 --out runs/compared
 
-A network is one or more knobs of train.py, in quotes if there are several. Runs that are finished are read, and those
-that were stopped go on, so the same command also prints the table of runs that were made in parts.
+A network is one or more knobs of train.py, in quotes if there are several, as the shell divides them. Runs that are
+finished are read, and those that were stopped go on, so the same command also prints the table of runs made in
+parts.
 """
 
 import argparse
 import json
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -53,7 +55,7 @@ def trained(args: argparse.Namespace, network: str, seed: int) -> dict[str, Any]
         ValueError: train.py failed.
     """
     folder = args.out / re.sub(r"[^\w.=-]+", "_", f"{network} seed={seed}")
-    knobs = [*args.knobs, *network.split(), f"seed={seed}", f"out={folder}", "resume=auto"]
+    knobs = [*args.knobs, *shlex.split(network), f"seed={seed}", f"out={folder}", "resume=auto"]
     # the table alone goes to standard output
     run = subprocess.run([sys.executable, str(TRAIN), args.config, *knobs], stdout=STDERR, check=False)
     if run.returncode:

@@ -168,7 +168,7 @@ def parse_compare(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
     args = runpy.run_path(str(ROOT / "docs" / "compare.py"))["parse_args"]()
     for network in args.networks:
-        parse_train([args.config, *args.knobs, *network.split()], monkeypatch)
+        parse_train([args.config, *args.knobs, *shlex.split(network)], monkeypatch)
 
 
 def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

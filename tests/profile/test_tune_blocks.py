@@ -105,21 +105,16 @@ def test_frozen_weights_need_no_gradient(part: str, chunks_are_fastest: None) ->
 
 
 def test_blocks_are_measured_in_inference_mode_and_under_autocast_too(chunks_are_fastest: None) -> None:
-    autocast = torch.autocast("cpu", torch.bfloat16)
-    ways = (
-        (torch.inference_mode(), False, "float32"),
-        (torch.inference_mode(), True, "float32"),
-        (autocast, True, "bfloat16"),
-    )
-    for context, train, dtype in ways:
-        with context:
-            [first] = blocks(
-                sgconvnext.tune(small_model().train(train), images().to(memory_format=torch.channels_last))
-            )
-        assert (first.backend, first.dtype) == ("modules/512", dtype)
+    for context in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        for model in (small_model(), small_model().train()):
+            with context:
+                [first] = blocks(sgconvnext.tune(model, images().to(memory_format=torch.channels_last)))
+            assert first.backend == "modules/512"
+            assert first.dtype == ("float32" if isinstance(context, torch.inference_mode) else "bfloat16")
 
 
-@pytest.mark.parametrize(("dtype", "mode"), [(torch.bfloat16, "train"), (torch.float16, "eval")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["train", "eval"])
 def test_network_in_half_precision_is_measured(dtype: torch.dtype, mode: str, chunks_are_fastest: None) -> None:
     """In which the sum of a small branch and a large shortcut would be nothing but rounding."""
     model = small_model(ls_init_value=1e-6).to(dtype).train(mode == "train")

@@ -263,7 +263,7 @@ def test_network_is_compiled_and_exported(name: str) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     parameters = list(model.parameters())
     found, want = (torch.autograd.grad(run(tokens).square().sum(), parameters) for run in (compiled, model))
-    assert all(relative_error(*pair) <= 1e-5 for pair in zip(found, want, strict=True) if pair[1].any())
+    assert relative_error(*(torch.cat([each.flatten() for each in gradients]) for gradients in (found, want))) <= 1e-5
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (tokens,), dynamic_shapes=({0: batch},))
     assert relative_error(program.module()(tokens[:1]), model(tokens[:1])) <= 1e-6
